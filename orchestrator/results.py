@@ -1,0 +1,108 @@
+"""What a training or a trial leaves behind: one record each, the same for every reader.
+
+Records are written by the worker that did the work, kept in the store, and read by the tracking
+logger, the Pareto front and the report. They are plain JSON on disk.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["training", "trial"]
+
+
+@dataclass(frozen=True)
+class ViewScore:
+    """How one held-out view came out (MSE in linear [0, 1] RGB; PSNR in dB; SSIM up to 1)."""
+
+    view: int
+    mse: float
+    psnr: float
+    ssim: float | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no result: the stage (train, calibrate, prune, evaluate, …) and the reason."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from.
+
+    Attributes:
+        commit: git commit of the code, "+dirty" behind it when files had changed; None outside git.
+        hardware: the device that did the work, e.g. "NVIDIA H200" or the CPU's name.
+        host: name of the machine.
+        versions: of prunefield, torch and the like.
+        started: UTC time, ISO 8601.
+        seconds: wall time of each stage.
+    """
+
+    commit: str | None
+    hardware: str
+    host: str
+    versions: Mapping[str, str]
+    started: str
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one training (its dense model evaluated) or one trial.
+
+    Attributes:
+        kind: "training" or "trial".
+        key: content address; the same configuration has the same key everywhere.
+        training: key of the training it rests on (its own for a training).
+        config: flat configuration: names as in MLflow (``ratio``, ``criterion``, ``networks``,
+            ``schedule``, ``layer_0_ratio``, ``calibration_views``, ``calibration_rays``, ``seed``).
+        metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
+            ``params``, ``params_coarse``, ``params_fine``, ``flops_per_ray``, ``render_seconds``
+            (mean of one held-out view), ``achieved_ratio``; trainings add ``train_seconds``,
+            ``iterations``, ``train_psnr``.
+        views: scores of each held-out view.
+        widths: channels of each hidden layer, by network.
+        provenance: commit, hardware, times.
+        failure: why it failed, or None.
+        files: the files beside the record, with their SHA-256.
+    """
+
+    kind: Kind
+    key: str
+    training: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    views: tuple[ViewScore, ...]
+    widths: Mapping[str, tuple[int, ...]]
+    provenance: Provenance
+    failure: Failure | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, ready for `json.dump`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Record":
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: the data is not a record.
+        """
+        failure = data.get("failure")
+        return cls(
+            kind=data["kind"],
+            key=data["key"],
+            training=data["training"],
+            config=dict(data["config"]),
+            metrics=dict(data["metrics"]),
+            views=tuple(ViewScore(**view) for view in data["views"]),
+            widths={name: tuple(w) for name, w in data["widths"].items()},
+            provenance=Provenance(**data["provenance"]),
+            failure=Failure(**failure) if failure else None,
+            files=dict(data["files"]),
+        )
