@@ -1,0 +1,18 @@
+"""Scenes: photos with their poses, whatever format they come in."""
+
+from nerf.scenes.demo import DEMO_VERSION, write_demo_scene
+from nerf.scenes.format import SceneFormat
+from nerf.scenes.registry import SCENE_FORMATS, load_scene, scene_fingerprint
+from nerf.scenes.scene import Scene
+from nerf.scenes.settings import SceneSettings
+
+__all__ = [
+    "DEMO_VERSION",
+    "SCENE_FORMATS",
+    "Scene",
+    "SceneFormat",
+    "SceneSettings",
+    "load_scene",
+    "scene_fingerprint",
+    "write_demo_scene",
+]
