@@ -2,7 +2,7 @@
 
 from nerf.scenes.demo import DEMO_VERSION, write_demo_scene
 from nerf.scenes.format import SceneFormat
-from nerf.scenes.registry import SCENE_FORMATS, load_scene, scene_fingerprint
+from nerf.scenes.registry import SCENE_FORMATS, load_scene, scene_fingerprint, training_view_count
 from nerf.scenes.scene import Scene
 from nerf.scenes.settings import SceneSettings
 
@@ -14,5 +14,6 @@ __all__ = [
     "SceneSettings",
     "load_scene",
     "scene_fingerprint",
+    "training_view_count",
     "write_demo_scene",
 ]

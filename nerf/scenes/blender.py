@@ -85,6 +85,11 @@ def scene_fingerprint(settings: SceneSettings) -> str:
     return _fingerprint_of(settings, *_splits(settings))
 
 
+def training_view_count(settings: SceneSettings) -> int:
+    """The loaded scene's number of training views."""
+    return len(_splits(settings)[0].photos)
+
+
 def _splits(settings: SceneSettings) -> tuple[_Split, _Split]:
     folder = settings.folder()
     train = _read_split(folder / _TRAIN_FILE, skip=1)
@@ -213,4 +218,6 @@ def _recognises(folder: Path) -> bool:
     return (folder / _TRAIN_FILE).is_file()
 
 
-FORMAT = SceneFormat("blender", _TRAIN_FILE, _recognises, load, scene_fingerprint)
+FORMAT = SceneFormat(
+    "blender", _TRAIN_FILE, _recognises, load, scene_fingerprint, training_view_count
+)

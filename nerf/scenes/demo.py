@@ -74,6 +74,11 @@ class _Thing:
     gloss: float = 0.0
 
 
+def training_view_count(settings: SceneSettings) -> int:
+    """The scene's number of training views; nothing is read or rendered."""
+    return len(_GRID) - len(range(0, len(_GRID), settings.holdout))
+
+
 def write_demo_scene(folder: Path) -> Path:
     """Render the demo scene into a folder, unless it is there already, whole and current.
 
@@ -434,4 +439,4 @@ def _recognises(folder: Path) -> bool:
     return (folder / _MARKER).is_file()
 
 
-FORMAT = SceneFormat("demo", _MARKER, _recognises, load, scene_fingerprint)
+FORMAT = SceneFormat("demo", _MARKER, _recognises, load, scene_fingerprint, training_view_count)

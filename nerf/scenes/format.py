@@ -18,6 +18,7 @@ class SceneFormat:
         recognises: whether a folder holds such a scene.
         load: reads it whole.
         fingerprint: the loaded scene's fingerprint, without decoding a photo.
+        training_views: the loaded scene's number of training views, without decoding a photo.
     """
 
     name: str
@@ -25,3 +26,4 @@ class SceneFormat:
     recognises: Callable[[Path], bool]
     load: Callable[[SceneSettings], Scene]
     fingerprint: Callable[[SceneSettings], str]
+    training_views: Callable[[SceneSettings], int]

@@ -99,6 +99,12 @@ def scene_fingerprint(settings: SceneSettings) -> str:
     return _fingerprint_of(settings, _find_files(settings))
 
 
+def training_view_count(settings: SceneSettings) -> int:
+    """The loaded scene's number of training views."""
+    views = len(read_poses_bounds(settings.folder() / POSES_FILE)[0])
+    return views - len(range(0, views, settings.holdout))
+
+
 @dataclass(frozen=True)
 class OriginalSize:
     """Height, width and focal length of the original photos, in pixels."""
@@ -283,4 +289,4 @@ def _recognises(folder: Path) -> bool:
     return (folder / POSES_FILE).is_file()
 
 
-FORMAT = SceneFormat("llff", POSES_FILE, _recognises, load, scene_fingerprint)
+FORMAT = SceneFormat("llff", POSES_FILE, _recognises, load, scene_fingerprint, training_view_count)

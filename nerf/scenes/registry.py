@@ -56,3 +56,12 @@ def _format_of(settings: SceneSettings) -> SceneFormat:
             f"scene.format is {settings.format!r}; allowed are {', '.join(allowed)}{hint}"
         )
     return SCENE_FORMATS[settings.format]
+
+
+def training_view_count(settings: SceneSettings) -> int:
+    """How many training views the scene has, without decoding photos.
+
+    Raises:
+        SceneError: as for `scene_fingerprint`.
+    """
+    return _format_of(settings).training_views(settings)
