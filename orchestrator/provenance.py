@@ -45,11 +45,19 @@ class Origin:
 
 def versions() -> dict[str, str]:
     """Versions of Python, PyTorch and prunefield."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "prunefield": package_version(),
+    }
+
+
+def package_version() -> str:
+    """The installed version of prunefield."""
     try:
-        own = metadata.version("prunefield")
+        return metadata.version("prunefield")
     except metadata.PackageNotFoundError:
-        own = "uninstalled"
-    return {"python": platform.python_version(), "torch": torch.__version__, "prunefield": own}
+        return "uninstalled"
 
 
 def git_commit(folder: Path) -> str | None:

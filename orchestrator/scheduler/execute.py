@@ -126,9 +126,7 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
         with _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}):
             tune.Tuner(
                 trainable,
-                tune_config=tune.TuneConfig(
-                    search_alg=queue, num_samples=-1, reuse_actors=True
-                ),
+                tune_config=tune.TuneConfig(search_alg=queue, num_samples=-1, reuse_actors=True),
                 run_config=tune.RunConfig(
                     name=plan.sweep.name,
                     storage_path=scratch,
@@ -142,9 +140,7 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _record_of(
-    node: Node, failure: Failure | None, store: Store, origin: Origin
-) -> Record | None:
+def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin) -> Record | None:
     """The record of a node that ended: the one its worker wrote, or its failure."""
     stage = KIND[type(node)]
     if failure is None:
