@@ -425,9 +425,9 @@ def _is_whole(folder: Path) -> bool:
 
 def _put_in_place(rendered: Path, folder: Path, aside: Path) -> None:
     """Rename the rendered scene into place; a damaged or older one goes aside first."""
-    if folder.exists():
-        folder.rename(aside)
     try:
+        if folder.exists() and not _is_whole(folder):
+            folder.rename(aside)
         rendered.rename(folder)
     except OSError:
         # Another process was quicker; what it put there is as good if it is whole.

@@ -10,6 +10,7 @@ released code for what is made of it: depth bounds scaled to 1 / bd_factor, pose
 their average, every 8th view held out.
 """
 
+import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from nerf.camera_paths import recentre, spiral_path
 from nerf.cameras import Camera
 from nerf.errors import SceneError
 from nerf.scenes.format import SceneFormat
-from nerf.scenes.photos import fingerprint, list_photos, read_photos
+from nerf.scenes.photos import fingerprint, list_photos, read_bytes, read_photos
 from nerf.scenes.scene import Scene
 from nerf.scenes.settings import SceneSettings
 
@@ -169,17 +170,17 @@ def _read_table(path: Path) -> np.ndarray:
             f"{path} is missing; an LLFF scene needs it beside its photos: download the scene "
             "again, or make it with LLFF's imgs2poses.py"
         )
+    content = io.BytesIO(read_bytes(path, "poses file"))
     try:
-        table = np.load(path, allow_pickle=False)
-    # numpy raises whatever its parsers of headers and zip archives raise, MemoryError included.
+        table = np.lib.format.read_array(content, allow_pickle=False)
+    # numpy raises whatever its parsers of headers raise, MemoryError for huge shapes included.
     except Exception as error:
         raise SceneError(
             f"cannot read {path}: {error}; it must be a plain numeric .npy file of shape "
             f"(views, {_COLUMNS}), not truncated and not pickled: download the scene again"
         ) from error
-    if not isinstance(table, np.ndarray) or table.dtype.kind not in "fiu":
-        kind = table.dtype if isinstance(table, np.ndarray) else "an .npz archive"
-        raise SceneError(f"{path} holds {kind}; it must be one array of real numbers")
+    if table.dtype.kind not in "fiu":
+        raise SceneError(f"{path} holds {table.dtype}; it must be one array of real numbers")
     return table.astype(np.float64)
 
 

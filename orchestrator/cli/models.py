@@ -144,13 +144,19 @@ def render(options: argparse.Namespace) -> int:
 
 def fetch(options: argparse.Namespace) -> int:
     """Download a public scene."""
-    from nerf.scenes.download import fetch_scene
+    from nerf.scenes import PUBLIC_SCENES, Progress, fetch_scene
 
-    def progress(done: int, total: int | None) -> None:
-        share = f" of {total / 2**20:.0f}" if total else ""
-        _show_progress(f"{done / 2**20:.0f}{share} MiB", last=done == total)
+    def progress(now: Progress) -> None:
+        share = f" of {now.total / 2**20:.0f}" if now.total else ""
+        _show_progress(
+            f"{now.archive}: {now.done / 2**20:.0f}{share} MiB", last=now.done == now.total
+        )
 
-    print(fetch_scene(options.scene, options.output, progress=progress))
+    folder = fetch_scene(
+        options.scene, options.output, everything=options.everything, progress=progress
+    )
+    print(folder)
+    print(PUBLIC_SCENES[options.scene].terms, file=sys.stderr)
     return 0
 
 

@@ -153,6 +153,9 @@ def _model_commands(command: Callable[..., Any]) -> None:
     fetch.add_argument(
         "-o", "--output", type=Path, default=Path("data"), metavar="DIR", help="folder (data)"
     )
+    fetch.add_argument(
+        "--everything", action="store_true", help="unpack photos of every size, not only ÷8"
+    )
 
 
 def _add_model(parser: Any) -> None:
