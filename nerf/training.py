@@ -170,7 +170,7 @@ class Trainer:
         coarse_mse = (coarse.rgb - colors).square().mean()
         fine_mse = (fine.rgb - colors).square().mean()
         self._optimizer.zero_grad(set_to_none=True)
-        (coarse_mse + fine_mse).backward()  # type: ignore[no-untyped-call]
+        (coarse_mse + fine_mse).backward()
         self._optimizer.step()
         self.iteration += 1
         return coarse_mse.detach(), fine_mse.detach()

@@ -197,7 +197,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
     have = {kind: store.keys(kind) for kind in ("checkpoint", "training", "statistics", "trial")}
     trainings, calibrations, trials = [], [], []
     combinations = 0
-    configs = {}
+    configs: dict[TrialConfig, None] = {}  # an ordered set
     for grid in sweep.grids:
         for config in _configs(grid, len(sweep.shape.trunk), view_count):
             combinations += 1

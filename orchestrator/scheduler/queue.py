@@ -39,7 +39,7 @@ class Dispatch(Protocol):
         """Take back what a dead lane held."""
 
 
-class PlanQueue(Searcher):
+class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
     """Hands out the nodes of a plan that the store does not hold yet.
 
     Args:
