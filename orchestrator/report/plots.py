@@ -268,6 +268,7 @@ def describe_ratios(data: ReportData, quality: Quality) -> str:
     low, high = min(ratios), max(ratios)
     return (
         f"{NAMES[quality]} against the fraction of channels removed, {100 * low:g} to "
-        f"{100 * high:g} percent, one line for each of: {'; '.join(series.label for series in data.series)}. "
+        f"{100 * high:g} percent, one line for each of: "
+        f"{'; '.join(series.label for series in data.series)}. "
         "The numbers are in the tables."
     )
