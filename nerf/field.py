@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812  PyTorch itself writes it so
 
 from nerf.encoding import encode, encoded_width
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["training", "trial"]
+Kind = Literal["checkpoint", "training", "trial"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Record:
     """The result of one training (its dense model evaluated) or one trial.
 
     Attributes:
-        kind: "training" or "trial".
+        kind: "checkpoint" (a trained model), "training" (its evaluation, dense) or "trial".
         key: content address; the same configuration has the same key everywhere.
-        training: key of the training it rests on (its own for a training).
+        training: key of the trained model it rests on.
         config: flat configuration: names as in MLflow (``ratio``, ``criterion``, ``networks``,
             ``schedule``, ``layer_0_ratio``, ``calibration_views``, ``calibration_rays``, ``seed``).
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,

@@ -4,11 +4,13 @@
 
     <root>/
       scenes/<fingerprint>/            scenes that prunefield makes itself (the demo)
-      trainings/<key>/                 checkpoint.safetensors, state.safetensors, renders/, record.json
+      running/<key>/                   the state of a training under way
+      checkpoints/<key>/               a trained model: model.safetensors, state.safetensors, record.json
+      trainings/<key>/                 its evaluation, dense: renders/, record.json
       statistics/<key>/                calibration statistics of one model and calibration set
       trials/<key>/                    model.safetensors, renders/, record.json
       failures/<key>.json              the last failure of a key that has no result
-      sweeps/<name>/                   the resolved sweep, its report
+      sweeps/<name>/                   the report of a sweep
       mlflow.db, mlartifacts/          the default tracking store
 
 An entry is written in a folder of its own under ``tmp/`` and renamed into place, so nothing
@@ -29,7 +31,12 @@ from orchestrator.errors import StoreError
 from orchestrator.results import Record
 
 RECORD = "record.json"
-FOLDERS = {"training": "trainings", "trial": "trials", "statistics": "statistics"}
+FOLDERS = {
+    "checkpoint": "checkpoints",
+    "training": "trainings",
+    "statistics": "statistics",
+    "trial": "trials",
+}
 
 
 def content_key(data: Mapping[str, Any]) -> str:
@@ -57,7 +64,7 @@ class Store:
 
     def _probe(self) -> None:
         try:
-            for name in ("tmp", "failures", "sweeps", *FOLDERS.values()):
+            for name in ("tmp", "running", "failures", "sweeps", *FOLDERS.values()):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root / "tmp"):
                 pass
@@ -106,6 +113,16 @@ class Store:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def running(self, key: str) -> Path:
+        """A folder for the state of a training under way; it outlives the process."""
+        folder = self.root / "running" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def remove_running(self, key: str) -> None:
+        """Drop that state, once the training is whole."""
+        shutil.rmtree(self.root / "running" / key, ignore_errors=True)
 
     # --- records ---------------------------------------------------------------------------
 

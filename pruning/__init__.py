@@ -1,0 +1,61 @@
+"""Pruning of Linear + ReLU networks that are described as data.
+
+One pruning, from calibration samples to a smaller network::
+
+    statistics = collect(network, batches).subset()
+    ratios = allocate("uniform", len(network.graph.prunable()), 0.5)
+    pruned = prune(network, ratios, "activation", statistics)
+"""
+
+from pruning.allocation import ALLOCATIONS, allocate, check_ratio, check_ratios
+from pruning.calibration import (
+    MOMENTS,
+    CalibrationBatch,
+    Cell,
+    NestedStatistics,
+    Statistics,
+    cells,
+    collect,
+)
+from pruning.errors import PruningError, RatioError, StatisticsError
+from pruning.network import Layer, LayerGraph, Network
+from pruning.pipeline import Pruned, prune
+from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, score
+from pruning.selection import keep_mask, removed_count, select
+from pruning.size import bytes_of, mebibytes, nonzero_parameters
+from pruning.surgery import mask, remove
+
+__all__ = [
+    "ALLOCATIONS",
+    "CRITERIA",
+    "MOMENTS",
+    "CalibrationBatch",
+    "Cell",
+    "Criterion",
+    "Layer",
+    "LayerGraph",
+    "NestedStatistics",
+    "Network",
+    "Pruned",
+    "PruningError",
+    "RatioError",
+    "ScoredLayer",
+    "Statistics",
+    "StatisticsError",
+    "allocate",
+    "bytes_of",
+    "cells",
+    "check_ratio",
+    "check_ratios",
+    "collect",
+    "keep_mask",
+    "mask",
+    "mebibytes",
+    "moments_for",
+    "nonzero_parameters",
+    "prune",
+    "remove",
+    "removed_count",
+    "score",
+    "select",
+]

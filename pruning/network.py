@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear, relu
 
 from pruning.errors import PruningError
 
@@ -56,7 +56,18 @@ class LayerGraph:
                     f"layer {layer.name!r} reads {missing or 'its own name'}, "
                     f"which is not defined before it; known there: {sorted(known)}"
                 )
+            if not layer.inputs or len(set(layer.inputs)) < len(layer.inputs):
+                raise PruningError(
+                    f"layer {layer.name!r} must read one or more things, each once; "
+                    f"got {list(layer.inputs)}"
+                )
             known.add(layer.name)
+        for name in self.prunable():
+            if not any(self.readers(name)):
+                raise PruningError(
+                    f"layer {name!r} is an output of the network: nothing reads it, so removing "
+                    "its channels would change the outputs' shape; mark it prunable=False"
+                )
 
     def __getitem__(self, name: str) -> Layer:
         for layer in self.layers:
@@ -86,8 +97,24 @@ class Network:
     """
 
     graph: LayerGraph
-    weights: Mapping[str, Float[Tensor, "out in"]]
-    biases: Mapping[str, Float[Tensor, " out"]]
+    weights: Mapping[str, Float[Tensor, "_out _in"]]
+    biases: Mapping[str, Float[Tensor, " _out"]]
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.graph.layers]
+        if not set(names) == self.weights.keys() == self.biases.keys():
+            raise PruningError(
+                f"the graph has layers {names}, there are weights of {sorted(self.weights)} "
+                f"and biases of {sorted(self.biases)}; each layer needs both"
+            )
+        for layer in self.graph.layers:
+            in_width = sum(self.width(name) for name in layer.inputs)
+            expected, found = (self.width(layer.name), in_width), self.weights[layer.name].shape
+            if expected != tuple(found) or not expected[0]:
+                raise PruningError(
+                    f"layer {layer.name!r} has a weight of shape {tuple(found)}; its bias and what "
+                    f"it reads make it {expected}"
+                )
 
     def width(self, name: str) -> int:
         """Channels of a layer, or features of an external input."""
@@ -104,12 +131,13 @@ class Network:
         return slices
 
     def activations(
-        self, inputs: Mapping[str, Float[Tensor, "samples features"]]
+        self, inputs: Mapping[str, Float[Tensor, "_samples _features"]]
     ) -> Iterator[tuple[Layer, Float[Tensor, "samples in"], Float[Tensor, "samples out"]]]:
         """Compute the network layer by layer.
 
         Args:
-            inputs: each external input, one row a sample.
+            inputs: each external input, one row a sample. Layers are computed as they are asked
+                for, so an input that only later layers read may be missing if the caller stops.
 
         Yields:
             (layer, x, a): the layer, what it read, and its output after the activation.
@@ -118,9 +146,9 @@ class Network:
         for layer in self.graph.layers:
             parts = [computed[name] for name in layer.inputs]
             x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-            a = F.linear(x, self.weights[layer.name], self.biases[layer.name])
+            a = linear(x, self.weights[layer.name], self.biases[layer.name])
             if layer.relu:
-                a = F.relu(a)
+                a = relu(a)
             computed[layer.name] = a
             yield layer, x, a
 

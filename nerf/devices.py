@@ -1,0 +1,76 @@
+"""Which device does the work, and in which arithmetic."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from nerf.errors import DeviceError
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device of a name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        DeviceError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(
+            f"unknown device {name!r}; allowed are auto, cpu, cuda and cuda:N"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not supported; allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {name!r} was asked for, but PyTorch sees no CUDA GPU on this machine; "
+            "use `auto` or `cpu`, or check the driver and that this PyTorch build has CUDA"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {name!r} was asked for, but there are only {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The hardware's name, e.g. "NVIDIA H200" or the CPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({torch.get_num_threads()} threads)"
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run matrix products in a precision, and leave the process as it was.
+
+    ``float32`` is exact single precision; ``tf32`` rounds the factors of a product to 10 bits of
+    mantissa on GPUs that can (elsewhere it is float32); ``bfloat16`` runs linear layers in
+    bfloat16 through autocast, everything else in float32.
+
+    Raises:
+        DeviceError: the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise DeviceError(f"unknown precision {precision!r}; allowed are {', '.join(PRECISIONS)}")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

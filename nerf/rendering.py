@@ -1,0 +1,204 @@
+"""From the field to a picture: volume rendering.
+
+Letters: σ density (per scene unit), δ distance between samples (scene units), α opacity of a
+sample, T transmittance before it, w = Tα its render weight, c its colour.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nerf import sampling
+from nerf.cameras import Camera, Rays, view_rays
+from nerf.field import Field, NerfModel
+
+LAST_DISTANCE = 1e10
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over a batch of rays gives.
+
+    Attributes:
+        rgb: colour of each ray in [0, 1] (before clamping).
+        render_weights: w of each sample.
+        t: distance of each sample.
+    """
+
+    rgb: Float[Tensor, "rays 3"]
+    render_weights: Float[Tensor, "rays samples"]
+    t: Float[Tensor, "rays samples"]
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How rays are rendered, the networks aside.
+
+    Attributes:
+        near: nearest t.
+        far: farthest t.
+        white_background: whether rays that hit nothing are white.
+    """
+
+    near: float
+    far: float
+    white_background: bool
+
+
+def render_weights(
+    density: Float[Tensor, "rays samples"],
+    t: Float[Tensor, "rays samples"],
+    direction_lengths: Float[Tensor, " rays"],
+) -> Float[Tensor, "rays samples"]:
+    """Render weights w = Tα from densities.
+
+    Args:
+        density: raw density, before its ReLU.
+        t: sample distances, ascending.
+        direction_lengths: |d| of each ray, which turns t into scene units.
+
+    Returns:
+        Weights that are not negative and sum to at most 1 along a ray.
+
+    Source: Mildenhall et al. 2020, eq. 3.
+    """
+    delta = torch.cat((t[:, 1:] - t[:, :-1], torch.full_like(t[:, :1], LAST_DISTANCE)), dim=-1)
+    alpha = 1.0 - torch.exp(-torch.relu(density) * delta * direction_lengths[:, None])
+    passed = torch.cumprod(1.0 - alpha + 1e-10, dim=-1)
+    transmittance = torch.cat((torch.ones_like(passed[:, :1]), passed[:, :-1]), dim=-1)
+    return alpha * transmittance
+
+
+def evaluate_pass(
+    field: Field,
+    rays: Rays,
+    t: Float[Tensor, "rays samples"],
+    settings: RenderSettings,
+    density_noise: Float[Tensor, "rays samples"] | None = None,
+) -> Pass:
+    """Evaluate one network at given samples and composite.
+
+    Args:
+        field: the network.
+        rays: the rays.
+        t: sample distances, ascending.
+        settings: background.
+        density_noise: added to the raw density (a regulariser of training).
+    """
+    points = rays.origins[:, None, :] + rays.directions[:, None, :] * t[..., None]
+    density, raw_rgb = field(points, rays.view_directions)
+    if density_noise is not None:
+        density = density + density_noise
+    weights = render_weights(density.to(t.dtype), t, rays.directions.norm(dim=-1))
+    rgb = (weights[..., None] * torch.sigmoid(raw_rgb.to(t.dtype))).sum(dim=-2)
+    if settings.white_background:
+        rgb = rgb + (1.0 - weights.sum(dim=-1, keepdim=True))
+    return Pass(rgb, weights, t)
+
+
+def render_rays(
+    model: NerfModel,
+    rays: Rays,
+    settings: RenderSettings,
+    generator: torch.Generator | None = None,
+    noise_std: float = 0.0,
+) -> tuple[Pass, Pass]:
+    """Render rays with both networks.
+
+    Args:
+        model: the networks and their sample counts.
+        rays: the rays.
+        settings: bounds and background.
+        generator: source of jitter and density noise in training; None renders the same picture
+            every time.
+        noise_std: standard deviation of the density noise; needs a generator.
+
+    Returns:
+        The coarse pass and the fine pass; the fine one is the picture.
+    """
+    device = rays.origins.device
+
+    def noise(t: Tensor) -> Tensor | None:
+        if generator is None or noise_std == 0.0:
+            return None
+        return torch.randn(t.shape, generator=generator, device=device) * noise_std
+
+    t_coarse = sampling.stratified(
+        len(rays),
+        model.samples.coarse,
+        settings.near,
+        settings.far,
+        generator,
+        device,
+        rays.origins.dtype,
+    )
+    coarse = evaluate_pass(model.coarse, rays, t_coarse, settings, noise(t_coarse))
+    t_fine = fine_samples(model, coarse, generator)
+    fine = evaluate_pass(model.fine, rays, t_fine, settings, noise(t_fine))
+    return coarse, fine
+
+
+def fine_samples(
+    model: NerfModel, coarse: Pass, generator: torch.Generator | None = None
+) -> Float[Tensor, "rays samples"]:
+    """Where the fine network is evaluated: the coarse samples and the importance samples."""
+    drawn = sampling.importance(coarse.t, coarse.render_weights, model.samples.fine, generator)
+    return torch.cat((coarse.t, drawn), dim=-1).sort(dim=-1).values
+
+
+# Rays rendered at once. On a CPU the activations of a chunk should stay in the cache; on a GPU a
+# chunk should fill the device.
+CPU_CHUNK = 256
+CUDA_CHUNK = 16_384
+
+
+def default_chunk(device: torch.device) -> int:
+    """Rays to render at once on a device."""
+    return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
+
+
+@torch.inference_mode()
+def render_colors(
+    model: NerfModel,
+    rays: Rays,
+    settings: RenderSettings,
+    chunk: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Tensor, "rays 3"]:
+    """Colours of rays by the fine pass: no jitter, no noise, clamped to [0, 1].
+
+    Args:
+        model: the networks.
+        rays: any number of rays, on any device.
+        settings: bounds and background.
+        chunk: rays at once; chosen for the device when None. The result does not depend on it.
+        progress: called with the number of rays done.
+
+    Returns:
+        Colours on the model's device.
+    """
+    device = model.device
+    chunk = chunk or default_chunk(device)
+    parts = []
+    for start in range(0, len(rays), chunk):
+        part = rays[start : start + chunk].to(device)
+        _, fine = render_rays(model, part, settings)
+        parts.append(fine.rgb.clamp(0.0, 1.0))
+        if progress is not None:
+            progress(min(start + chunk, len(rays)))
+    return torch.cat(parts)
+
+
+def render_view(
+    model: NerfModel,
+    camera: Camera,
+    pose: Float[Tensor, "3 4"],
+    settings: RenderSettings,
+    chunk: int | None = None,
+) -> Float[Tensor, "height width 3"]:
+    """Render the whole picture seen from one pose, in [0, 1]."""
+    rays = view_rays(camera, pose.to(model.device))
+    return render_colors(model, rays, settings, chunk).view(camera.height, camera.width, 3)

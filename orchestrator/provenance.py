@@ -1,0 +1,82 @@
+"""Where a result comes from: commit, hardware, versions."""
+
+import platform
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from nerf.devices import describe_device
+from orchestrator.results import Provenance
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a driver knows about the code it runs, handed to its workers.
+
+    Attributes:
+        commit: git commit, "+dirty" behind it when tracked files had changed; None outside git.
+        versions: of the packages that decide numbers.
+    """
+
+    commit: str | None
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls) -> "Origin":
+        """The origin of this very code."""
+        return cls(git_commit(Path(__file__).resolve().parent), versions())
+
+    def provenance(self, device: torch.device, seconds: dict[str, float]) -> Provenance:
+        """The provenance of a result made now, on a device of this machine."""
+        return Provenance(
+            commit=self.commit,
+            hardware=describe_device(device),
+            host=socket.gethostname(),
+            versions=self.versions,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds={stage: round(value, 6) for stage, value in seconds.items()},
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, PyTorch and prunefield."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "prunefield": package_version(),
+    }
+
+
+def package_version() -> str:
+    """The installed version of prunefield."""
+    try:
+        return metadata.version("prunefield")
+    except metadata.PackageNotFoundError:
+        return "uninstalled"
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out around a folder, or None."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    return commit + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,0 +1,129 @@
+"""Find the Ray cluster this process stands on, or start one here."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from orchestrator.errors import ClusterError
+from orchestrator.log import logger
+from orchestrator.scheduler.queue import LANE
+from orchestrator.spec import Resources, StageResources
+
+LOOPBACK = "127.0.0.1"
+AUTO_GPUS = {"train": 1.0, "prune": 0.25}
+# Ray prints much at start-up that no user of a sweep can act on.
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Ray for the time of a block.
+
+    A process that is already connected stays so. Otherwise ``RAY_ADDRESS``, or the cluster that
+    runs on this machine, is joined; where there is none, one is started on loopback for this
+    process alone and ended with it.
+
+    Raises:
+        ClusterError: an address was given and no cluster answers there.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not _join():
+        _start()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join() -> bool:
+    address = os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        return False
+    try:
+        ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
+    except ConnectionError as error:
+        if address:
+            raise ClusterError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start one there, "
+                "unset RAY_ADDRESS to run on this machine, or set RAY_AUTH_MODE to the cluster's"
+            ) from error
+        return False
+    logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
+    return True
+
+
+def _start() -> None:
+    # A cluster of one's own on loopback needs no token, and must not leave one in the home folder
+    # that would lock later clusters (Ray turns authentication on where it finds the file).
+    mode = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            _node_ip_address=LOOPBACK,
+        )
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise ClusterError(f"Ray could not be started on this machine: {error}") from error
+    finally:
+        if mode is None:
+            os.environ.pop("RAY_AUTH_MODE", None)
+        else:
+            os.environ["RAY_AUTH_MODE"] = mode
+
+
+def requests(resources: Resources) -> dict[str, dict[str, float]]:
+    """What each stage asks Ray for, once it is known what the cluster has.
+
+    Raises:
+        ClusterError: no node of the cluster can give what a stage asks for.
+    """
+    wanted = {
+        "train": _request("train", resources.train),
+        LANE: _request("prune", resources.prune),
+    }
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for stage, request in wanted.items():
+        if not any(all(node.get(k, 0.0) >= v for k, v in request.items()) for node in nodes):
+            have = [{k: node.get(k, 0.0) for k in ("CPU", "GPU")} for node in nodes]
+            raise ClusterError(
+                f"`resources.{'train' if stage == 'train' else 'prune'}` asks for {request}, which "
+                f"no node of the cluster has (nodes: {have}); ask for less, use `gpus: auto` to "
+                "run without GPUs, or add a node"
+            )
+    return wanted
+
+
+def capacity(request: Mapping[str, float]) -> int:
+    """How many workers of a kind the whole cluster can hold at once."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(int(min(n.get(k, 0.0) / v for k, v in request.items())) for n in nodes))
+
+
+def _request(stage: str, resources: StageResources) -> dict[str, float]:
+    has_gpu = ray.cluster_resources().get("GPU", 0.0) > 0
+    gpus = resources.gpus
+    if gpus is None:
+        gpus = AUTO_GPUS[stage] if has_gpu else 0.0
+    if gpus > 0 and not has_gpu:
+        raise ClusterError(
+            f"`resources.{stage}.gpus` asks for {gpus:g}, but Ray sees no GPU here; use "
+            "`gpus: auto` or `gpus: 0` to run on CPUs, or start the cluster with its GPUs"
+        )
+    total = max(n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"])
+    # A default that is larger than a small machine must not stop it.
+    cpus = min(resources.cpus, total)
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}

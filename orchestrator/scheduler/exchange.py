@@ -1,0 +1,49 @@
+"""Calibration statistics, shared through Ray's object store.
+
+They are put there once a model; every pruning worker reads the same memory of its node instead of
+a file. An actor of no cost owns them, so they outlive the worker that computed them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+
+class _Board:
+    def __init__(self) -> None:
+        self._references: dict[str, Any] = {}
+
+    def publish(self, key: str, tensors: Mapping[str, Any]) -> None:
+        if key not in self._references:
+            self._references[key] = ray.put(dict(tensors))
+
+    def find(self, key: str) -> list[Any]:
+        return [self._references[key]] if key in self._references else []
+
+
+class Exchange:
+    """A handle on the shared statistics; it may be sent to workers.
+
+    Arrays that come out of it are read-only.
+    """
+
+    def __init__(self, board: ActorHandle | None = None) -> None:
+        self._board = board or ray.remote(num_cpus=0)(_Board).remote()
+
+    def __reduce__(self) -> tuple[type["Exchange"], tuple[ActorHandle]]:
+        return (Exchange, (self._board,))
+
+    def publish(self, key: str, tensors: Mapping[str, Any]) -> None:
+        """Share numpy arrays under a key; the first to do so wins."""
+        ray.get(self._board.publish.remote(key, dict(tensors)))
+
+    def find(self, key: str) -> Mapping[str, Any] | None:
+        """The arrays of a key, or None."""
+        references = ray.get(self._board.find.remote(key))
+        return ray.get(references[0]) if references else None
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ray.kill(self._board)

@@ -1,0 +1,254 @@
+"""Read a sweep file, whichever of its two forms it has."""
+
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from nerf.field import FieldShape, SampleCounts
+from nerf.scenes import SceneSettings
+from nerf.training import Recipe
+from orchestrator.errors import Mistake, SpecError
+from orchestrator.spec.mistakes import mistakes_of
+from orchestrator.spec.schema import PruneSection, StageSection, SweepFile
+from orchestrator.spec.sweep import (
+    CalibrationAxes,
+    Protocol,
+    PruneGrid,
+    ReportSettings,
+    Resources,
+    StageResources,
+    Sweep,
+    TrackingSettings,
+)
+
+MAX_FILE_BYTES = 10_000_000
+CLUSTER_KEYS = {"cluster_name", "provider", "auth", "available_node_types", "head_node_type"}
+
+
+def load(path: Path | str) -> Sweep:
+    """Read and validate a sweep file.
+
+    Args:
+        path: a sweep, or a Ray cluster file that holds one under ``metadata.sweep``.
+
+    Raises:
+        SpecError: the file cannot be read or holds mistakes; all of them are listed.
+    """
+    source = Path(path)
+    return read_text(_read(source), source)
+
+
+def read_text(text: str, source: Path) -> Sweep:
+    """Validate the text of a sweep file; `source` is its name in messages.
+
+    Raises:
+        SpecError: the text holds mistakes; all of them are listed.
+    """
+    data, prefix = _sweep_part(_parse(text, source), source)
+    mistakes: list[Mistake] = []
+    parsed = None
+    try:
+        parsed = SweepFile.model_validate(data)
+    except ValidationError as error:
+        mistakes = mistakes_of(error, SweepFile, data, prefix)
+    mistakes += _across(data, prefix)
+    if parsed is None or mistakes:
+        raise SpecError(str(source), mistakes)
+    return _build(parsed, text, source)
+
+
+def _read(source: Path) -> str:
+    try:
+        if source.is_file() and source.stat().st_size > MAX_FILE_BYTES:
+            raise SpecError(
+                str(source), [Mistake("(file)", None, "larger than 10 MB: not a sweep file")]
+            )
+        return source.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        message = f"no such file (working directory: {Path.cwd()})"
+    except UnicodeDecodeError:
+        message = "not a text file in UTF-8"
+    except OSError as error:
+        message = f"cannot be read: {error.strerror or error}"
+    raise SpecError(str(source), [Mistake("(file)", None, message)])
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML only (no tags that build objects); a key given twice is a mistake."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, str | int | float):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, source: Path) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # the loader is derived from SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "(file)"
+        problem = error.problem or "not YAML"
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        place, problem = "(file)", f"not YAML: {error}"
+    raise SpecError(str(source), [Mistake(place, None, problem)])
+
+
+def _sweep_part(data: Any, source: Path) -> tuple[dict[str, Any], str]:
+    if not isinstance(data, dict):
+        message = "a sweep file is a mapping with at least name, scene and prune"
+        raise SpecError(str(source), [Mistake("(top)", None, message)])
+    if not CLUSTER_KEYS & set(data):
+        return data, ""
+    metadata = data.get("metadata")
+    sweep = metadata.get("sweep") if isinstance(metadata, dict) else None
+    if not isinstance(sweep, dict):
+        message = (
+            "this is a Ray cluster file; its sweep belongs here as a mapping with at least "
+            "name, scene and prune"
+        )
+        raise SpecError(str(source), [Mistake("metadata.sweep", sweep, message)])
+    return sweep, "metadata.sweep"
+
+
+def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
+    """Mistakes that lie between keys; silent about parts that are already wrong by themselves."""
+
+    def at(path: str) -> str:
+        return f"{prefix}.{path}" if prefix else path
+
+    def section(parent: Any, key: str) -> dict[str, Any]:
+        child = parent.get(key) if isinstance(parent, dict) else None
+        return child if isinstance(child, dict) else {}
+
+    found = []
+    scene = section(data, "scene")
+    if scene and scene.get("format") != "demo" and not scene.get("path"):
+        found.append(
+            Mistake(at("scene.path"), None, "this key is required (only `format: demo` needs none)")
+        )
+    network = section(section(data, "train"), "network")
+    depth, skip = network.get("depth", 8), network.get("skip", 4)
+    if isinstance(depth, int) and isinstance(skip, int) and skip >= depth - 1:
+        message = f"must name a hidden layer before the last: 0 to {depth - 2}, or null for none"
+        found.append(Mistake(at("train.network.skip"), skip, message))
+    grids = data.get("prune")
+    for number, grid in enumerate(grids if isinstance(grids, list) else [grids]):
+        schedules = grid.get("schedules") if isinstance(grid, dict) else None
+        for place, schedule in enumerate(schedules if isinstance(schedules, list) else []):
+            if isinstance(schedule, list) and isinstance(depth, int) and len(schedule) != depth:
+                where = f"prune[{number}]" if isinstance(grids, list) else "prune"
+                message = (
+                    f"{len(schedule)} ratios for {depth} hidden layers; give one ratio a layer"
+                )
+                found.append(Mistake(at(f"{where}.schedules[{place}]"), schedule, message))
+    return found
+
+
+def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
+    train, network = parsed.train, parsed.train.network
+    recipes = tuple(
+        Recipe(
+            iterations=iterations,
+            rays=rays,
+            learning_rate=rate,
+            decay=train.decay,
+            decay_iterations=train.decay_iterations,
+            density_noise=train.density_noise,
+            precision=train.precision,
+        )
+        for iterations, rays, rate in itertools.product(
+            dict.fromkeys(train.iterations),
+            dict.fromkeys(train.rays),
+            dict.fromkeys(train.learning_rate),
+        )
+    )
+    identity = parsed.model_dump(
+        mode="json", include={"name", "scene", "train", "prune", "evaluate"}
+    )
+    resources = parsed.resources
+    return Sweep(
+        name=parsed.name,
+        description=parsed.description,
+        source=source,
+        text=text,
+        scene=SceneSettings(
+            **{
+                **parsed.scene.model_dump(exclude={"path"}),
+                "path": _find_scene(parsed.scene.path, source),
+            }
+        ),
+        shape=FieldShape(
+            trunk=(network.width,) * network.depth,
+            skip=network.skip,
+            feature=network.width,
+            view=network.view or max(1, network.width // 2),
+            point_octaves=network.point_octaves,
+            direction_octaves=network.direction_octaves,
+        ),
+        samples=SampleCounts(train.samples.coarse, train.samples.fine),
+        recipes=recipes,
+        train_seeds=tuple(dict.fromkeys(train.seeds)),
+        grids=tuple(_grid(section) for section in parsed.prune),
+        protocol=Protocol(**parsed.evaluate.model_dump()),
+        resources=Resources(
+            train=_stage(resources.train, Resources().train),
+            prune=_stage(resources.prune, Resources().prune),
+            retries=resources.retries,
+            checkpoint_seconds=resources.checkpoint_seconds,
+        ),
+        tracking=TrackingSettings(**parsed.tracking.model_dump()),
+        storage=Path(parsed.storage).expanduser(),
+        report=ReportSettings(
+            ratios=None if parsed.report.ratios is None else tuple(parsed.report.ratios),
+            reference_psnr=parsed.report.reference_psnr,
+        ),
+        identity=identity,
+    )
+
+
+def _grid(section: PruneSection) -> PruneGrid:
+    calibration = section.calibration
+    return PruneGrid(
+        networks=tuple(section.networks),
+        criteria=tuple(section.criteria),
+        ratios=tuple(section.ratios),
+        schedules=tuple(section.schedules),
+        calibration=CalibrationAxes(
+            views=tuple(calibration.views),
+            rays=tuple(calibration.rays),
+            seeds=tuple(calibration.seeds),
+        ),
+    )
+
+
+def _stage(section: StageSection, default: StageResources) -> StageResources:
+    cpus = default.cpus if section.cpus is None else section.cpus
+    if not math.isfinite(cpus):
+        cpus = default.cpus
+    return StageResources(cpus=cpus, gpus=section.gpus)
+
+
+def _find_scene(path: str | None, source: Path) -> Path | None:
+    """The scene folder: the first place that has it, else the plain path (its loader complains)."""
+    if path is None:
+        return None
+    given = Path(path).expanduser()
+    if given.is_absolute():
+        return given
+    places = [Path.cwd(), Path.cwd() / "data", source.resolve().parent]
+    if os.environ.get("PRUNEFIELD_DATA"):
+        places.insert(2, Path(os.environ["PRUNEFIELD_DATA"]))
+    return next((place / given for place in places if (place / given).is_dir()), given)

@@ -1,0 +1,85 @@
+"""Complaints of the schema, turned into sentences that say where, what is allowed, what is near."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.errors import Mistake
+
+
+def nearest(value: Any, names: Iterable[str]) -> str:
+    """A hint such as ``; did you mean 'activation'?``, or nothing."""
+    close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def mistakes_of(
+    error: ValidationError, model: type[BaseModel], data: Any, prefix: str
+) -> list[Mistake]:
+    """One `Mistake` for each complaint of a validation.
+
+    Args:
+        error: what pydantic raised.
+        model: the model that was validated.
+        data: the plain data it was given.
+        prefix: where the data stands in the file, e.g. ``metadata.sweep``.
+    """
+    found = []
+    for complaint in error.errors(include_url=False):
+        location = complaint["loc"]
+        path = _path(location, data, prefix)
+        kind, value = complaint["type"], complaint.get("input")
+        message = complaint["msg"]
+        if kind == "extra_forbidden":
+            allowed = _keys_at(model, location[:-1])
+            message = f"unknown key; allowed are {', '.join(allowed)}" + nearest(
+                location[-1], allowed
+            )
+            value = None
+        elif kind == "missing":
+            message, value = "this key is required", None
+        elif kind == "literal_error":
+            names = [n.strip().strip("'") for n in _expected(complaint).split(",")]
+            message = f"allowed are {', '.join(names)}{nearest(value, names)}"
+        elif kind in ("model_type", "dict_type", "model_attributes_type"):
+            message = "a mapping (key: value) belongs here"
+        found.append(Mistake(path, _shown(value), message))
+    return found
+
+
+def _expected(complaint: Any) -> str:
+    return str(complaint["ctx"]["expected"]).replace(" or ", ", ")
+
+
+def _shown(value: Any) -> Any:
+    text = repr(value)
+    return value if len(text) <= 80 else text[:77] + "..."
+
+
+def _path(location: Sequence[int | str], data: Any, prefix: str) -> str:
+    """The place as a person would write it; a lone value wrapped into a list shows no index."""
+    path = prefix
+    for part in location:
+        if isinstance(part, int):
+            if isinstance(data, list):
+                path += f"[{part}]"
+                data = data[part] if part < len(data) else None
+            continue
+        path = f"{path}.{part}" if path else str(part)
+        data = data.get(part) if isinstance(data, dict) else None
+    return path or "(top)"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        while get_origin(annotation) is not None:
+            annotation = get_args(annotation)[0]
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,250 @@
+"""The YAML edge: which keys a sweep file may hold and what they may be.
+
+Every field has a description, so that the reference of the sweep file can be made from here.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.spec.mistakes import nearest
+from pruning import ALLOCATIONS, CRITERIA
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+MAX_SEED = 2**31 - 1
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _known(kind: str, names: Sequence[str]) -> Any:
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value in names:
+            return value
+        raise PydanticCustomError(
+            "unknown_name",
+            "unknown {kind}; allowed are {names}{hint}",
+            {"kind": kind, "names": ", ".join(names), "hint": nearest(value, names)},
+        )
+
+    return PlainValidator(check)
+
+
+def _number(value: Any) -> float:
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not 0.0 <= value < 1.0:
+        raise PydanticCustomError(
+            "ratio", "a ratio is the fraction removed: a number from 0 up to, but not, 1"
+        )
+    return float(value)
+
+
+def _views(value: Any) -> int | None:
+    if value == "all":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PydanticCustomError("views", "allowed are a whole number from 1, or `all`")
+    return value
+
+
+def _gpus(value: Any) -> float | None:
+    if value == "auto":
+        return None
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not 0.0 <= value <= 1024 or (value > 1 and value != int(value)):
+        raise PydanticCustomError(
+            "gpus", "allowed are `auto`, a fraction from 0 to 1, or a whole number of GPUs"
+        )
+    return float(value)
+
+
+def _schedule(value: Any) -> str | tuple[float, ...]:
+    if isinstance(value, list):
+        bad = [i for i, r in enumerate(value) if not _is_ratio(r)]
+        if bad or not value:
+            raise PydanticCustomError(
+                "schedule",
+                "a list of ratios, one a hidden layer, each from 0 up to, but not, 1 "
+                "(wrong at places {bad})",
+                {"bad": ", ".join(map(str, bad)) or "all: it is empty"},
+            )
+        return tuple(float(r) for r in value)
+    if isinstance(value, str) and value in ALLOCATIONS:
+        return value
+    raise PydanticCustomError(
+        "schedule",
+        "unknown schedule; allowed are {names}, or a list with one ratio a hidden layer{hint}",
+        {"names": ", ".join(ALLOCATIONS), "hint": nearest(value, list(ALLOCATIONS))},
+    )
+
+
+def _is_ratio(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0
+    )
+
+
+Listed = BeforeValidator(_listed)
+Ratio = Annotated[float, PlainValidator(_number)]
+Views = Annotated[int | None, PlainValidator(_views)]
+Gpus = Annotated[float | None, PlainValidator(_gpus)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
+Criterion = Annotated[str, _known("criterion", list(CRITERIA))]
+ScheduleEntry = Annotated[str | tuple[float, ...], PlainValidator(_schedule)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PrecisionName = Literal["float32", "tf32", "bfloat16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SceneSection(_Section):
+    """Which scene, and how it is read."""
+
+    path: Annotated[
+        str | None,
+        Field(
+            description="scene folder; a relative one is looked for in the working directory, its "
+            "data/, $PRUNEFIELD_DATA and the sweep file's folder; `format: demo` needs none"
+        ),
+    ] = None
+    format: Annotated[
+        Literal["auto", "llff", "blender", "demo"], Field(description="format of the folder")
+    ] = "auto"
+    factor: Annotated[
+        int | None,
+        Field(ge=1, le=64, strict=True, description="downsampling; images_8 for 8"),
+    ] = None
+    holdout: Annotated[
+        int, Field(ge=2, strict=True, description="every n-th view is held out (LLFF)")
+    ] = 8
+    ndc: Annotated[bool | None, Field(strict=True, description="NDC rays")] = None
+    white_background: Annotated[bool | None, Field(strict=True, description="white behind")] = None
+    half_resolution: Annotated[bool, Field(strict=True, description="half size (Blender)")] = False
+    test_skip: Annotated[
+        int, Field(ge=1, strict=True, description="every n-th test view (Blender)")
+    ] = 1
+
+
+class NetworkSection(_Section):
+    """Widths of both networks before pruning; the default is the original NeRF's."""
+
+    depth: Annotated[int, Field(ge=1, le=64, strict=True, description="hidden layers")] = 8
+    width: Annotated[int, Field(ge=1, le=4096, strict=True, description="channels of each")] = 256
+    skip: Annotated[
+        int | None,
+        Field(ge=0, strict=True, description="hidden layer whose output is joined by the point"),
+    ] = 4
+    view: Annotated[
+        int | None, Field(ge=1, strict=True, description="view branch; half the width by default")
+    ] = None
+    point_octaves: Annotated[int, Field(ge=0, le=16, strict=True)] = 10
+    direction_octaves: Annotated[int, Field(ge=0, le=16, strict=True)] = 4
+
+
+class SamplesSection(_Section):
+    """Samples a ray."""
+
+    coarse: Annotated[int, Field(ge=4, le=1024, strict=True)] = 64
+    fine: Annotated[int, Field(ge=1, le=1024, strict=True)] = 64
+
+
+class TrainSection(_Section):
+    """How the NeRF is trained; lists fan out as a grid."""
+
+    iterations: Annotated[list[Count], Listed, Field(min_length=1)] = [200_000]
+    seeds: Annotated[list[Seed], Listed, Field(min_length=1)] = [0]
+    rays: Annotated[list[Count], Listed, Field(min_length=1)] = [1024]
+    learning_rate: Annotated[list[PositiveFloat], Listed, Field(min_length=1)] = [5e-4]
+    decay: PositiveFloat = 0.1
+    decay_iterations: Count = 250_000
+    density_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    precision: PrecisionName = "float32"
+    network: NetworkSection = NetworkSection()
+    samples: SamplesSection = SamplesSection()
+
+
+class CalibrationSection(_Section):
+    """The calibration set: seeded training rays; lists fan out as a grid."""
+
+    views: Annotated[list[Views], Listed, Field(min_length=1)] = [None]
+    rays: Annotated[list[Count], Listed, Field(min_length=1)] = [1024]
+    seeds: Annotated[list[Seed], Listed, Field(min_length=1)] = [0]
+
+
+class PruneSection(_Section):
+    """One grid of prunings: every combination is a trial."""
+
+    networks: Annotated[list[Literal["coarse", "fine", "both"]], Listed, Field(min_length=1)] = [
+        "both"
+    ]
+    criteria: Annotated[list[Criterion], Listed, Field(min_length=1)] = ["activation"]
+    ratios: Annotated[list[Ratio], Listed, Field(min_length=1)]
+    schedules: Annotated[list[ScheduleEntry], Field(min_length=1)] = ["uniform"]
+    calibration: CalibrationSection = CalibrationSection()
+
+
+class EvaluateSection(_Section):
+    """How models are evaluated: held-out views, no jitter, no noise."""
+
+    max_rays: Annotated[
+        int | None, Field(ge=1, strict=True, description="rays a view; whole pictures by default")
+    ] = None
+    precision: PrecisionName = "float32"
+    renders: Annotated[
+        int, Field(ge=0, strict=True, description="held-out views kept as pictures, the first ones")
+    ] = 1
+
+
+class StageSection(_Section):
+    """What one worker takes."""
+
+    cpus: Annotated[float | None, Field(gt=0, le=1024, allow_inf_nan=False)] = None
+    gpus: Gpus = None
+
+
+class ResourcesSection(_Section):
+    """Where the work runs."""
+
+    train: StageSection = StageSection()
+    prune: StageSection = StageSection()
+    retries: Annotated[int, Field(ge=0, le=100, strict=True)] = 2
+    checkpoint_seconds: PositiveFloat = 30.0
+
+
+class TrackingSection(_Section):
+    """Where runs are logged."""
+
+    uri: Annotated[str | None, Field(description="MLflow URI; SQLite in `storage` by default")] = (
+        None
+    )
+    experiment: Annotated[str, Field(min_length=1, max_length=200)] = "prunefield"
+
+
+class ReportSection(_Section):
+    """What the report shows."""
+
+    ratios: Annotated[list[Ratio] | None, Field(description="ratios in the grid of renders")] = None
+    reference_psnr: Annotated[
+        float, Field(allow_inf_nan=False, description="dB, of the hypervolume's reference point")
+    ] = 10.0
+
+
+class SweepFile(_Section):
+    """A sweep file."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN, description="of the sweep")]
+    description: str = ""
+    scene: SceneSection
+    train: TrainSection = TrainSection()
+    prune: Annotated[list[PruneSection], Listed, Field(min_length=1)]
+    evaluate: EvaluateSection = EvaluateSection()
+    resources: ResourcesSection = ResourcesSection()
+    tracking: TrackingSection = TrackingSection()
+    storage: str = "prunefield-out"
+    report: ReportSection = ReportSection()

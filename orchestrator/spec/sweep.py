@@ -1,0 +1,168 @@
+"""A validated sweep, as plain frozen data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nerf.devices import Precision
+from nerf.field import FieldShape, SampleCounts
+from nerf.scenes import SceneSettings
+from nerf.training import Recipe
+
+NetworkScope = Literal["coarse", "fine", "both"]
+Schedule = str | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationAxes:
+    """Calibration sets to compare.
+
+    Attributes:
+        views: numbers of training views; None stands for all of them.
+        rays: numbers of rays a view.
+        seeds: seeds that draw them.
+    """
+
+    views: tuple[int | None, ...] = (None,)
+    rays: tuple[int, ...] = (1024,)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class PruneGrid:
+    """One grid of prunings: every combination of its axes is a trial.
+
+    Attributes:
+        networks: which networks are pruned.
+        criteria: names of scoring rules.
+        ratios: fractions of channels to remove, in [0, 1).
+        schedules: how a ratio is spread over the layers: a name, or one ratio a hidden layer
+            (which stands for itself, whatever `ratios` says).
+        calibration: the calibration sets.
+    """
+
+    networks: tuple[NetworkScope, ...]
+    criteria: tuple[str, ...]
+    ratios: tuple[float, ...]
+    schedules: tuple[Schedule, ...]
+    calibration: CalibrationAxes
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every model of the sweep is evaluated, on held-out views.
+
+    Attributes:
+        max_rays: rays a view (a seeded subset), or None for whole pictures.
+        precision: arithmetic of the linear layers.
+        renders: how many held-out views are kept as pictures, the first ones.
+    """
+
+    max_rays: int | None = None
+    precision: Precision = "float32"
+    renders: int = 1
+
+
+@dataclass(frozen=True)
+class StageResources:
+    """What one training or one pruning worker takes.
+
+    Attributes:
+        cpus: CPU cores.
+        gpus: GPUs, or a fraction of one; None takes one where the cluster has GPUs (a quarter for
+            prunings) and none elsewhere.
+    """
+
+    cpus: float
+    gpus: float | None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where the work runs.
+
+    Attributes:
+        train: for each training.
+        prune: for each calibration and pruning.
+        retries: how often a trial is started again after its worker died.
+        checkpoint_seconds: how often a training saves its state.
+    """
+
+    train: StageResources = StageResources(cpus=2.0, gpus=None)
+    prune: StageResources = StageResources(cpus=1.0, gpus=None)
+    retries: int = 2
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Where runs are logged.
+
+    Attributes:
+        uri: an MLflow tracking URI; None for SQLite in the storage folder.
+        experiment: MLflow experiment.
+    """
+
+    uri: str | None = None
+    experiment: str = "prunefield"
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the report shows.
+
+    Attributes:
+        ratios: ratios in the grid of renders; None for those of the first grid.
+        reference_psnr: PSNR (dB) of the hypervolume's reference point.
+    """
+
+    ratios: tuple[float, ...] | None = None
+    reference_psnr: float = 10.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A whole sweep file.
+
+    Attributes:
+        name: of the sweep, its report folder and its MLflow run.
+        description: a sentence for people.
+        source: the file it was read from.
+        text: that file's text.
+        scene: which scene, and how it is read.
+        shape: widths of both networks.
+        samples: samples a ray.
+        recipes: the recipes to train with.
+        train_seeds: the seeds of each.
+        grids: what is pruned.
+        protocol: how models are evaluated.
+        resources: where the work runs.
+        tracking: where it is logged.
+        storage: the storage folder.
+        report: what the report shows.
+        identity: canonical data of all that decides the results.
+    """
+
+    name: str
+    description: str
+    source: Path
+    text: str
+    scene: SceneSettings
+    shape: FieldShape
+    samples: SampleCounts
+    recipes: tuple[Recipe, ...]
+    train_seeds: tuple[int, ...]
+    grids: tuple[PruneGrid, ...]
+    protocol: Protocol
+    resources: Resources
+    tracking: TrackingSettings
+    storage: Path
+    report: ReportSettings
+    identity: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """A short hash of all that decides the results (not of resources, tracking, storage)."""
+        from orchestrator.store import content_key
+
+        return content_key(self.identity)

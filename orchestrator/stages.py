@@ -1,0 +1,452 @@
+"""The three stages of a sweep, as one worker does them: train, calibrate, prune.
+
+Each leaves its result in the store. Training is a generator that yields where it stands now and
+then, so that whoever drives it can report and stop it. Nothing here knows about Ray.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nerf.checkpoints import load_model, save_model
+from nerf.devices import resolve_device
+from nerf.errors import CheckpointError, NerfError
+from nerf.evaluation import Evaluation, HeldOut, error_map, write_picture
+from nerf.field import Field, NerfModel
+from nerf.files import read_tensors, write_tensors
+from nerf.scenes import Scene, load_scene
+from nerf.training import Progress, Trainer
+from orchestrator.bridge import as_one, calibrate, field_of, from_one, network_of
+from orchestrator.errors import StoreError
+from orchestrator.log import logger
+from orchestrator.plan import Calibration, Training, Trial
+from orchestrator.provenance import Origin
+from orchestrator.results import Failure, Record, ViewScore
+from orchestrator.spec import Sweep
+from orchestrator.store import Store
+from pruning import Pruned, Statistics, moments_for, prune
+
+MODEL = "model.safetensors"
+STATE = "state.safetensors"
+STATISTICS = "statistics.safetensors"
+HISTORY = "history.json"
+REPORT_SECONDS = 1.0
+BYTES_PER_PARAMETER = 4
+
+Update = dict[str, Any]
+Shared = Mapping[str, Any]
+
+
+@dataclass
+class Stopwatch:
+    """Wall seconds by stage, and the stage under way."""
+
+    stage: str = "start"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Time a block as a stage; an error leaves `stage` at the one that failed."""
+        self.stage = stage
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+class Workbench:
+    """What a worker keeps between trials: the scene decoded, the models loaded, the device warm.
+
+    Args:
+        sweep: the sweep.
+        store: where results go.
+        origin: commit and versions of the code.
+        find_shared: looks up calibration statistics in the cluster's shared memory.
+        publish_shared: puts them there.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        store: Store,
+        origin: Origin,
+        find_shared: Callable[[str], Shared | None] = lambda _key: None,
+        publish_shared: Callable[[str, Shared], None] = lambda _key, _tensors: None,
+        device: str = "auto",
+    ) -> None:
+        self.sweep = sweep
+        self.store = store
+        self.origin = origin
+        self.device = resolve_device(device)
+        self._find_shared = find_shared
+        self._publish_shared = publish_shared
+        self._scene: Scene | None = None
+        self._held_out: HeldOut | None = None
+        self._model: tuple[str, NerfModel] | None = None
+        self._statistics: tuple[str, dict[str, Statistics]] | None = None
+
+    # --- what stays loaded -----------------------------------------------------------------
+
+    @property
+    def loaded_model(self) -> str | None:
+        """Key of the model that is loaded."""
+        return None if self._model is None else self._model[0]
+
+    def scene(self) -> Scene:
+        """The scene, decoded once."""
+        if self._scene is None:
+            self._scene = load_scene(self.sweep.scene)
+        return self._scene
+
+    def held_out(self) -> HeldOut:
+        """Rays and photos of the held-out views, on the device."""
+        if self._held_out is None:
+            self._held_out = HeldOut(self.scene(), self.device, self.sweep.protocol.max_rays)
+        return self._held_out
+
+    def model(self, training: str) -> NerfModel:
+        """A trained model, on the device."""
+        if self._model is None or self._model[0] != training:
+            path = self.store.verified_file("checkpoint", training, MODEL)
+            self._model = (training, load_model(path)[0].to(self.device))
+        return self._model[1]
+
+    def statistics(self, key: str) -> dict[str, Statistics]:
+        """Calibration statistics by network: from memory, the cluster's memory, or the store."""
+        if self._statistics is None or self._statistics[0] != key:
+            tensors: Shared | None = self._find_shared(key)
+            if tensors is None:
+                tensors = read_tensors(self.store.folder("statistics", key) / STATISTICS)[0]
+                self._publish_shared(key, {n: t.numpy() for n, t in tensors.items()})
+            self._statistics = (key, from_one(tensors))
+        return self._statistics[1]
+
+    # --- train -----------------------------------------------------------------------------
+
+    def train(self, training: Training, watch: Stopwatch) -> Iterator[Update]:
+        """Train one NeRF (or go on where an earlier attempt stopped) and evaluate it, dense."""
+        with watch.during("load"):
+            scene = self.scene()
+        if not self.store.has("checkpoint", training.key):
+            yield from self._train_model(training, scene, watch)
+        with watch.during("evaluate"):
+            model = self.model(training.key)
+            evaluation = self.held_out().evaluate(model, self.sweep.protocol.precision)
+        checkpoint = self.store.read_record("checkpoint", training.key)
+        record = Record(
+            kind="training",
+            key=training.result,
+            training=training.key,
+            config=training.config,
+            metrics={
+                **checkpoint.metrics,
+                **_scores(evaluation),
+                **sizes(model, {}),
+                "size_bytes": self._file_size(training.key),
+            },
+            views=_views(evaluation),
+            widths=_widths(model),
+            provenance=self.origin.provenance(
+                self.device, {**checkpoint.provenance.seconds, **watch.seconds}
+            ),
+        )
+        with watch.during("write"), self.store.writing("training", training.result) as folder:
+            self._write_renders(folder, evaluation, truth=True)
+            self.store.write_record(folder, record)
+
+    def _train_model(self, training: Training, scene: Scene, watch: Stopwatch) -> Iterator[Update]:
+        running = self.store.running(training.key)
+        state, history_file = running / STATE, running / HISTORY
+        trainer = Trainer(
+            scene,
+            self.sweep.shape,
+            self.sweep.samples,
+            training.recipe,
+            training.seed,
+            self.device,
+        )
+        history: list[dict[str, float]] = []
+        spent = 0.0
+        if state.is_file():
+            history, spent = self._go_on(trainer, state, history_file)
+
+        def save() -> None:
+            trainer.save(state)
+            history_file.write_text(json.dumps({"seconds": spent, "points": history}))
+
+        saved = time.monotonic()
+        step = 10
+        try:
+            while not trainer.done:
+                with watch.during("train"):
+                    progress = trainer.advance(step)
+                spent += progress.seconds
+                history.append(_point(progress))
+                step = max(1, round(progress.rate * REPORT_SECONDS))
+                if time.monotonic() - saved > self.sweep.resources.checkpoint_seconds:
+                    with watch.during("checkpoint"):
+                        save()
+                    saved = time.monotonic()
+                yield {"total": training.recipe.iterations, **_point(progress)}
+        except GeneratorExit:
+            save()
+            raise
+        with watch.during("write"), self.store.writing("checkpoint", training.key) as folder:
+            self._write_checkpoint(folder, training, trainer, history, spent)
+        self.store.remove_running(training.key)
+
+    def _go_on(
+        self, trainer: Trainer, state: Path, history_file: Path
+    ) -> tuple[list[dict[str, float]], float]:
+        try:
+            trainer.load(state)
+            kept = json.loads(history_file.read_text())
+            points = [p for p in kept["points"] if p["iteration"] <= trainer.iteration]
+            logger.info("going on with the training at iteration %d", trainer.iteration)
+            return points, float(kept["seconds"])
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError) as error:
+            if trainer.iteration == 0:
+                logger.warning("cannot go on from %s (%s); training from the start", state, error)
+            return [], 0.0
+
+    def _write_checkpoint(
+        self,
+        folder: Path,
+        training: Training,
+        trainer: Trainer,
+        history: list[dict[str, float]],
+        spent: float,
+    ) -> None:
+        scene = self.scene()
+        model = trainer.model
+        save_model(
+            folder / MODEL,
+            model,
+            {
+                "scene": scene_info(self.sweep, scene),
+                "training": training.config,
+                "training_key": training.key,
+            },
+        )
+        trainer.save(folder / STATE)
+        (folder / HISTORY).write_text(json.dumps(history))
+        record = Record(
+            kind="checkpoint",
+            key=training.key,
+            training=training.key,
+            config=training.config,
+            metrics={
+                "iterations": trainer.iteration,
+                "train_seconds": spent,
+                "train_psnr": history[-1]["train_psnr"] if history else float("nan"),
+            },
+            views=(),
+            widths=_widths(model),
+            provenance=self.origin.provenance(self.device, {"train": spent}),
+        )
+        self.store.write_record(folder, record)
+
+    def _file_size(self, training: str) -> int:
+        return (self.store.folder("checkpoint", training) / MODEL).stat().st_size
+
+    # --- calibrate -------------------------------------------------------------------------
+
+    def calibrate(self, calibration: Calibration, watch: Stopwatch) -> None:
+        """Collect the statistics of every set size of one model and seed, in one pass."""
+        with watch.during("load"):
+            model, scene = self.model(calibration.training), self.scene()
+        criteria = {name for grid in self.sweep.grids for name in grid.criteria}
+        with watch.during("calibrate"):
+            nested = calibrate(
+                model,
+                scene,
+                [s.views for s in calibration.sets],
+                [s.rays for s in calibration.sets],
+                calibration.seed,
+                moments_for(criteria),
+            )
+        with watch.during("write"):
+            for wanted, key in calibration.sets.items():
+                tensors = as_one(
+                    {name: n.subset((wanted.views, wanted.rays)) for name, n in nested.items()}
+                )
+                if not self.store.has("statistics", key):
+                    with self.store.writing("statistics", key) as folder:
+                        write_tensors(folder / STATISTICS, tensors, {"set": asdict(wanted)})
+                self._publish_shared(key, {name: t.numpy() for name, t in tensors.items()})
+
+    # --- prune -----------------------------------------------------------------------------
+
+    def prune(self, trial: Trial, watch: Stopwatch) -> None:
+        """Prune one model and evaluate what is left."""
+        if self.store.has("trial", trial.key):
+            return
+        config = trial.config
+        with watch.during("load"):
+            dense = self.model(trial.training)
+            held_out = self.held_out()
+        with watch.during("calibrate"):
+            statistics = None if trial.statistics is None else self.statistics(trial.statistics)
+        with watch.during("prune"):
+            model, pruned = prune_model(
+                dense,
+                config.networks,
+                config.criterion,
+                config.layer_ratios,
+                statistics,
+                config.seed,
+            )
+        with watch.during("evaluate"):
+            evaluation = held_out.evaluate(model, self.sweep.protocol.precision)
+        with self.store.writing("trial", trial.key) as folder:
+            with watch.during("write"):
+                info = {
+                    "scene": scene_info(self.sweep, self.scene()),
+                    "pruning": config.flat(),
+                    "training_key": trial.training,
+                }
+                size = save_model(folder / MODEL, model, info)
+                self._write_renders(folder, evaluation, truth=False)
+            record = Record(
+                kind="trial",
+                key=trial.key,
+                training=trial.training,
+                config=config.flat(),
+                metrics={
+                    **_scores(evaluation),
+                    **sizes(model, pruned),
+                    "size_bytes": size,
+                    "achieved_ratio": achieved_ratio(pruned),
+                },
+                views=_views(evaluation),
+                widths=_widths(model),
+                provenance=self.origin.provenance(self.device, watch.seconds),
+            )
+            self.store.write_record(folder, record)
+
+    def _write_renders(self, folder: Path, evaluation: Evaluation, truth: bool) -> None:
+        held_out = self.held_out()
+        for result in evaluation.views[: self.sweep.protocol.renders]:
+            if result.picture is None:
+                continue
+            photo = held_out.photo(result.view)
+            renders = folder / "renders"
+            write_picture(renders / f"view_{result.view}.png", result.picture)
+            write_picture(renders / f"error_{result.view}.png", error_map(result.picture, photo))
+            if truth:
+                write_picture(renders / f"truth_{result.view}.png", photo)
+
+
+def failure_of(error: BaseException, watch: Stopwatch) -> Failure:
+    """A failure as it is recorded: the stage under way and the error in one line."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        reason = f"out of GPU memory: {error}"
+    elif isinstance(error, NerfError | StoreError):
+        reason = str(error)
+    else:
+        reason = f"{type(error).__name__}: {error}"
+    return Failure(watch.stage, " ".join(reason.split())[:2000])
+
+
+def prune_model(
+    dense: NerfModel,
+    scope: str,
+    criterion: str,
+    layer_ratios: tuple[float, ...],
+    statistics: Mapping[str, Statistics] | None,
+    seed: int | None,
+) -> tuple[NerfModel, dict[str, Pruned]]:
+    """Prune the networks of a model that a scope names; the others stay as they are.
+
+    Args:
+        dense: the model; it is not changed.
+        scope: ``coarse``, ``fine`` or ``both``.
+        criterion: scoring rule.
+        layer_ratios: requested fraction of each hidden layer.
+        statistics: calibration statistics by network, where the criterion needs them.
+        seed: where the criterion needs one.
+
+    Returns:
+        The physically smaller model, and what was done to each pruned network.
+    """
+    fields: dict[str, Field] = dense.networks()
+    pruned = {}
+    # Layers of both networks have the same names: without its own seed, the random criterion would
+    # remove the same channels from both.
+    seeds = {name: None if seed is None else 2 * seed + i for i, name in enumerate(fields)}
+    for name in list(fields) if scope == "both" else [scope]:
+        pruned[name] = prune(
+            network_of(fields[name]),
+            layer_ratios,
+            criterion,
+            None if statistics is None else statistics[name],
+            seeds[name],
+        )
+        fields[name] = field_of(pruned[name].network, fields[name].shape)
+    return NerfModel(fields["coarse"], fields["fine"], dense.samples), pruned
+
+
+def sizes(model: NerfModel, pruned: Mapping[str, Pruned]) -> dict[str, float]:
+    """Sizes and cost of a model; `pruned` gives the report's count where a network was pruned."""
+    counts = {name: f.shape.parameters() for name, f in model.networks().items()}
+    nonzero = {
+        name: pruned[name].nonzero_parameters if name in pruned else count
+        for name, count in counts.items()
+    }
+    return {
+        "params": sum(counts.values()),
+        **{f"params_{name}": count for name, count in counts.items()},
+        "nonzero_bytes": BYTES_PER_PARAMETER * sum(nonzero.values()),
+        **{f"nonzero_bytes_{name}": BYTES_PER_PARAMETER * n for name, n in nonzero.items()},
+        "flops_per_ray": model.flops_per_ray(),
+    }
+
+
+def achieved_ratio(pruned: Mapping[str, Pruned]) -> float:
+    """Fraction of channels removed, over all layers of the pruned networks."""
+    channels = sum(keep.numel() for p in pruned.values() for keep in p.keep.values())
+    kept = sum(int(keep.sum()) for p in pruned.values() for keep in p.keep.values())
+    return 1.0 - kept / channels
+
+
+def scene_info(sweep: Sweep, scene: Scene) -> dict[str, Any]:
+    """How the scene was read, kept in model files so that evaluating them needs no flags."""
+    return {
+        "name": scene.name,
+        "fingerprint": scene.fingerprint,
+        "factor": sweep.scene.factor,
+        "holdout": sweep.scene.holdout,
+        "ndc": scene.camera.ndc,
+    }
+
+
+def _scores(evaluation: Evaluation) -> dict[str, float]:
+    scores = {
+        "mse": evaluation.mse,
+        "psnr": evaluation.psnr,
+        "render_seconds": evaluation.render_seconds,
+    }
+    return scores if evaluation.ssim is None else {**scores, "ssim": evaluation.ssim}
+
+
+def _views(evaluation: Evaluation) -> tuple[ViewScore, ...]:
+    return tuple(ViewScore(v.view, v.mse, v.psnr, v.ssim) for v in evaluation.views)
+
+
+def _widths(model: NerfModel) -> dict[str, tuple[int, ...]]:
+    return {name: f.shape.trunk for name, f in model.networks().items()}
+
+
+def _point(progress: Progress) -> dict[str, float]:
+    return {
+        "iteration": progress.iteration,
+        "loss": progress.loss,
+        "train_psnr": progress.train_psnr,
+        "rate": progress.rate,
+    }
