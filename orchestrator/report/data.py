@@ -133,8 +133,11 @@ class ReportData:
 
     def dense_of(self, trial: Record) -> Record | None:
         """The dense model that a trial pruned, if it was evaluated."""
-        record = self.by_key.get(trial.training)
-        return record if record is not None and record.failure is None else None
+        return self._dense_by_training.get(trial.training)
+
+    @cached_property
+    def _dense_by_training(self) -> dict[str, Record]:
+        return {record.training: record for record in self.dense if record.failure is None}
 
 
 def series_of(trial: Record) -> Series:

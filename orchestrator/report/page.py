@@ -128,7 +128,8 @@ def _fronts(
     table = _table(
         "The Pareto front of size and PSNR, smallest model first",
         TRIAL_HEAD,
-        rows or [f'<tr><td class="left" colspan="{len(TRIAL_HEAD)}">No trial has a result.</td></tr>'],
+        rows
+        or [f'<tr><td class="left" colspan="{len(TRIAL_HEAD)}">No trial has a result.</td></tr>'],
     )
     return (
         "<p>Each mark is a trial; the line joins those that no other trial beats in both size and "

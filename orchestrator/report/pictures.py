@@ -79,7 +79,7 @@ def grids(data: ReportData) -> tuple[Grid, ...]:
     """One grid a kept view, of the first training that has renders."""
     for dense in sorted(data.dense, key=lambda record: record.key):
         folder = data.store.folder("training", dense.key) / "renders"
-        trials = tuple(trial for trial in data.trials if trial.training == dense.key)
+        trials = tuple(trial for trial in data.trials if trial.training == dense.training)
         kept = [folder] + [data.store.folder("trial", t.key) / "renders" for t in trials]
         views = sorted({number for f in kept for number in _views(f)})
         if views:
@@ -96,13 +96,17 @@ def _grid(data: ReportData, dense: Record, trials: tuple[Record, ...], view: int
         for schedule, uniform in sorted(schedules.items(), key=lambda item: (not item[1], item[0])):
             label = series.label if uniform else f"{series.label}, {schedule}"
             cells = tuple(
-                _cell(data, _trial_at(data, dense.key, series, schedule, ratio), view)
+                _cell(data, _trial_at(data, dense.training, series, schedule, ratio), view)
                 for ratio in data.chosen_ratios
             )
             if any(cell.record for cell in cells):
                 rows.append(Row(label, cells))
     return Grid(
-        view, dense.key, truth if truth.is_file() else None, _cell(data, dense, view), tuple(rows)
+        view,
+        dense.training,
+        truth if truth.is_file() else None,
+        _cell(data, dense, view),
+        tuple(rows),
     )
 
 

@@ -35,7 +35,7 @@ from orchestrator.tracking.stores import open_client, quiet
 MAX_METRICS = 1000
 MAX_PARAMS = 100
 PAGE = 1000
-MODEL_FILES = ("model.safetensors", "checkpoint.safetensors")
+MODEL_FILE = "model.safetensors"
 CURVES = "train/"
 SYSTEM_INTERVAL = 2.0
 
@@ -158,7 +158,7 @@ class RunWriter:
         if record.failure is None:
             self._write_images(record, run_id)
         if record.kind == "training":
-            self._link_trials(record.key, run_id)
+            self._link_trials(record.training, run_id)
         self._tag(record.key, {names.STATE: "logged", names.DIGEST: names.digest(record)})
         self._end_child(record.key, "FAILED" if record.failure else "FINISHED", _ended(record))
 
@@ -189,11 +189,19 @@ class RunWriter:
     ) -> str:
         tags = names.child_tags(kind, key, training, self.info, self.parent)
         tags[names.STATE] = state
-        if kind == "trial" and training in self.children:
-            tags[names.TRAINING_RUN] = self.children[training].run_id
+        if kind == "trial" and (of := self._training_run(training)):
+            tags[names.TRAINING_RUN] = of
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags, start_time=start)
         self.children[key] = Child(run.info.run_id, "RUNNING", tags, {})
         return str(run.info.run_id)
+
+    def _training_run(self, training: str) -> str | None:
+        """The run of the model that a trial pruned, if it is known yet."""
+        for child in self.children.values():
+            is_training = child.tags.get(names.KIND) == "training"
+            if is_training and child.tags.get(names.TRAINING) == training:
+                return child.run_id
+        return None
 
     def _remove_outdated(self) -> None:
         for run_id in tuple(self._outdated):
@@ -206,13 +214,18 @@ class RunWriter:
             self._outdated.discard(run_id)
 
     def _write_model(self, record: Record, run_id: str) -> str | None:
-        folder = self.store.folder(record.kind, record.key)
-        path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
-        if path is None:
+        dense = record.kind == "training"
+        folder = (
+            self.store.folder("checkpoint", record.training)
+            if dense
+            else self.store.folder("trial", record.key)
+        )
+        path = folder / MODEL_FILE
+        if not path.is_file():
             return None
         model = self.client.create_logged_model(
             self.experiment_id,
-            name=f"{'dense' if record.kind == 'training' else 'pruned'}-{record.key}",
+            name=f"{'dense' if dense else 'pruned'}-{record.key}",
             source_run_id=run_id,
             params=names.params(record),
             tags={names.KEY: record.key, names.HASH: self.info.hash},
@@ -252,11 +265,11 @@ class RunWriter:
                 image.save = partial(_copy, path)  # type: ignore[method-assign]
                 self.client.log_image(run_id, image, key=f"render/{path.stem}", step=step)
 
-    def _link_trials(self, key: str, run_id: str) -> None:
+    def _link_trials(self, training: str, run_id: str) -> None:
         for trial, child in self.children.items():
             if (
                 child.tags.get(names.KIND) == "trial"
-                and child.tags.get(names.TRAINING) == key
+                and child.tags.get(names.TRAINING) == training
                 and child.tags.get(names.TRAINING_RUN) != run_id
             ):
                 self._tag(trial, {names.TRAINING_RUN: run_id})
