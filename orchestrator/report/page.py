@@ -128,7 +128,8 @@ def _fronts(
     table = _table(
         "The Pareto front of size and PSNR, smallest model first",
         TRIAL_HEAD,
-        rows or [f'<tr><td class="left" colspan="{len(TRIAL_HEAD)}">No trial has a result.</td>'],
+        rows
+        or [f'<tr><td class="left" colspan="{len(TRIAL_HEAD)}">No trial has a result.</td></tr>'],
     )
     return (
         "<p>Each mark is a trial; the line joins those that no other trial beats in both size and "
@@ -206,9 +207,7 @@ def _published(data: ReportData) -> str:
             "<p class='soft'>Where a series has several trials at one ratio (seeds, calibration "
             "sets, trainings), their mean is shown.</p>"
         )
-    caption = (
-        f"<caption>Uniform schedules only; {ABSENT} means that there is no such number</caption>"
-    )
+    caption = f"<caption><span>Uniform schedules only; {ABSENT}: no such number</span></caption>"
     return (
         f"{note}{_scroll('Published table and this sweep')}<table>{caption}<thead><tr>{top}</tr>"
         f"<tr>{second}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -259,9 +258,9 @@ def _grid(
         cells = f'<th scope="row">{ABSENT}</th><td>{truth}</td><td>{dense}</td>'
         rows.append(f"<tr>{cells}{'<td></td>' * len(data.chosen_ratios)}</tr>")
     table = (
-        f'{_scroll(title)}<table class="grid"><caption>{e(title)} of training '
+        f'{_scroll(title)}<table class="grid"><caption><span>{e(title)} of training '
         f"<code>{e(grid.training)}</code>; under each its PSNR on this view and the size of the "
-        f"model file</caption><thead><tr>{head}</tr></thead>"
+        f"model file</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return (
@@ -368,7 +367,7 @@ def _provenance(data: ReportData) -> str:
         for record in data.dense
     ]
     rows = [
-        f'<tr><th scope="row">{e(name)}</th><td class="left wrap">{e(value)}</td></tr>'
+        f'<tr><th scope="row" class="wrap">{e(name)}</th><td class="left wrap">{e(value)}</td></tr>'
         for name, value in facts
     ]
     return _table("Provenance; counts are records", ("what", "value"), rows)
@@ -384,8 +383,8 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[str]) -> str:
         f'<th scope="col"{" class=left" if name in text else ""}>{e(name)}</th>' for name in head
     )
     return (
-        f"{_scroll(caption)}<table><caption>{e(caption)}</caption><thead><tr>{columns}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"{_scroll(caption)}<table><caption><span>{e(caption)}</span></caption>"
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

@@ -102,7 +102,11 @@ def _grid(data: ReportData, dense: Record, trials: tuple[Record, ...], view: int
             if any(cell.record for cell in cells):
                 rows.append(Row(label, cells))
     return Grid(
-        view, dense.key, truth if truth.is_file() else None, _cell(data, dense, view), tuple(rows)
+        view,
+        dense.training,
+        truth if truth.is_file() else None,
+        _cell(data, dense, view),
+        tuple(rows),
     )
 
 

@@ -266,9 +266,9 @@ def describe_ratios(data: ReportData, quality: Quality) -> str:
     if not ratios:
         return f"{NAMES[quality]} against ratio: no trial has a result yet."
     low, high = min(ratios), max(ratios)
+    labels = "; ".join(series.label for series in data.series)
     return (
         f"{NAMES[quality]} against the fraction of channels removed, {100 * low:g} to "
-        f"{100 * high:g} percent, one line for each of: "
-        f"{'; '.join(series.label for series in data.series)}. "
+        f"{100 * high:g} percent, one line for each of: {labels}. "
         "The numbers are in the tables."
     )

@@ -42,13 +42,15 @@ figure img { display: block; max-width: 100%; height: auto; border-radius: .3rem
   outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem .75rem; position: sticky; left: 0; }
+caption { text-align: left; padding: .6rem .75rem; }
+caption span { display: block; position: sticky; left: .75rem; max-width: calc(100vw - 4.5rem); }
 th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap;
   border-top: 1px solid var(--line); }
 thead th { background: var(--wash); vertical-align: bottom; }
 thead th[colspan] { text-align: center; }
 th[scope=row], .left { text-align: left; }
-td.wrap { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+th.wrap, td.wrap { white-space: normal; overflow-wrap: anywhere; }
+td.wrap { min-width: 12rem; }
 .edge { border-left: 1px solid var(--line); }
 tr.front td, tr.front th { font-weight: 600; }
 tr.front .mark { color: var(--mark); }

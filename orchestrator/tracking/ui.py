@@ -30,8 +30,8 @@ class Links:
 
     Attributes:
         sweep: the parent run: description, system metrics, report.
-        charts: charts of all trials of the sweep.
-        table: the same trials as a table.
+        charts: charts and image grids of the dense models and all trials, best PSNR first.
+        table: the same runs as a table.
         compare: parallel coordinates, scatter and contour plots of the front's runs; None when no
             run is marked as the front.
     """
@@ -142,13 +142,16 @@ def links(address: str, uri: str, experiment: str, sweep_hash: str) -> Links:
 def build_links(address: str, experiment_id: str, parent: str, front: Iterable[str]) -> Links:
     """The addresses themselves, from ids.
 
-    A filter makes MLflow list the runs flat; without one, children stay folded under their parent
-    and the charts have nothing to draw.
+    Ordered by start time, its default, MLflow folds children under their parent and the charts
+    have nothing to draw; ordered by a metric it lists them flat. The dense models are among them:
+    their renders are step 0 of the image grids.
     """
     runs = list(front)
     base = f"{address}/#/experiments/{experiment_id}/runs"
     query = {
-        "searchFilter": f"tags.`{names.PARENT}` = '{parent}' AND tags.`{names.KIND}` = 'trial'",
+        "searchFilter": f"tags.`{names.PARENT}` = '{parent}'",
+        "orderByKey": "metrics.`psnr`",
+        "orderByAsc": "false",
         "workflowType": "machine_learning",
     }
     compared = {

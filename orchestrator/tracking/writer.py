@@ -12,6 +12,7 @@ Nothing here is thread-safe or catches errors: `TrackingLogger` calls it from on
 and gives up.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ class RunWriter:
         if record.kind == "training":
             self._link_trials(record.training, run_id)
         self._tag(record.key, {names.STATE: "logged", names.DIGEST: names.digest(record)})
-        self._end_child(record.key, "FAILED" if record.failure else "FINISHED")
+        self._end_child(record.key, "FAILED" if record.failure else "FINISHED", _ended(record))
 
     def _begin(self, record: Record) -> str:
         """A run in state ``logging`` for a record; what was cut short or is outdated is removed."""
@@ -168,7 +169,14 @@ class RunWriter:
             self._tag(record.key, {names.STATE: "logging"})
             return old.run_id
         name = names.run_name(record.kind, record.key, record.config)
-        run_id = self._create(record.kind, record.key, record.training, name, "logging")
+        run_id = self._create(
+            record.kind,
+            record.key,
+            record.training,
+            name=name,
+            state="logging",
+            start=_milliseconds(record.provenance.started),
+        )
         if old is not None:
             self._outdated.add(old.run_id)
             if record.kind == "training":
@@ -176,12 +184,14 @@ class RunWriter:
         self._remove_outdated()
         return run_id
 
-    def _create(self, kind: str, key: str, training: str, name: str, state: str) -> str:
+    def _create(
+        self, kind: str, key: str, training: str, *, name: str, state: str, start: int | None = None
+    ) -> str:
         tags = names.child_tags(kind, key, training, self.info, self.parent)
         tags[names.STATE] = state
         if kind == "trial" and (of := self._training_run(training)):
             tags[names.TRAINING_RUN] = of
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags, start_time=start)
         self.children[key] = Child(run.info.run_id, "RUNNING", tags, {})
         return str(run.info.run_id)
 
@@ -273,7 +283,8 @@ class RunWriter:
         """
         child = self.children.get(key)
         if child is None:
-            self._create("training", key, key, names.run_name("training", key, {}), "live")
+            name = names.run_name("training", key, {})
+            self._create("training", key, key, name=name, state="live")
             child = self.children[key]
         elif child.tags.get(names.STATE) != "live":
             return
@@ -350,9 +361,9 @@ class RunWriter:
         self.client.log_batch(child.run_id, tags=_tags(tags))
         child.tags.update(tags)
 
-    def _end_child(self, key: str, status: str) -> None:
+    def _end_child(self, key: str, status: str, at: int | None = None) -> None:
         child = self.children[key]
-        self.client.set_terminated(child.run_id, status)
+        self.client.set_terminated(child.run_id, status, at)
         child.status = status
 
 
@@ -381,6 +392,12 @@ def _milliseconds(iso: str) -> int:
         return int(datetime.fromisoformat(iso).timestamp() * 1000)
     except ValueError:
         return _now()
+
+
+def _ended(record: Record) -> int:
+    """When the work was done, not when it was logged: the run's duration is the work's."""
+    seconds = sum(s for s in record.provenance.seconds.values() if math.isfinite(s))
+    return _milliseconds(record.provenance.started) + int(1000 * seconds)
 
 
 def _now() -> int:

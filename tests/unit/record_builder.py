@@ -48,11 +48,10 @@ def metrics(psnr: float, size: float) -> dict[str, float]:
 
 def training_record(seed: int = 0, psnr: float = 25.0, **config: Any) -> Record:
     config = {"scene": "synthetic", "iterations": 100, "seed": seed, **config}
-    key = content_key({"training": config})
     return Record(
         kind="training",
-        key=key,
-        training=key,
+        key=content_key({"evaluation": config}),
+        training=content_key({"training": config}),
         config=config,
         metrics={**metrics(psnr, DENSE_BYTES), "train_seconds": 12.0, "iterations": 100},
         views=views(psnr),
@@ -80,7 +79,7 @@ def trial_record(
         "seed": training.config["seed"],
         **config,
     }
-    key = content_key({"trial": config, "training": training.key})
+    key = content_key({"trial": config, "training": training.training})
     loss = {"activation": 9.0, "magnitude": 11.0, "random": 13.0}[criterion]
     loss *= 1.0 if networks == "both" else 0.05
     share = 1.0 if networks == "both" else 0.5
@@ -89,7 +88,7 @@ def trial_record(
     return Record(
         kind="trial",
         key=key,
-        training=training.key,
+        training=training.training,
         config=config,
         metrics={} if failure else {**metrics(psnr, size), "achieved_ratio": ratio},
         views=() if failure else views(psnr),
@@ -121,7 +120,10 @@ def save(store: Store, record: Record, width: int = 48, height: int = 36) -> Rec
             picture(view + 1, 1.0, width, height).save(folder / f"renders/error_{view}.png")
             if record.kind == "training":
                 picture(view, 0.0, width, height).save(folder / f"renders/truth_{view}.png")
-        name = "checkpoint.safetensors" if record.kind == "training" else "model.safetensors"
-        (folder / name).write_bytes(SYNTHETIC.encode())
+        if record.kind == "trial":
+            (folder / "model.safetensors").write_bytes(SYNTHETIC.encode())
         store.write_record(folder, record)
+    if record.kind == "training":
+        with store.writing("checkpoint", record.training) as folder:
+            (folder / "model.safetensors").write_bytes(SYNTHETIC.encode())
     return store.read_record(record.kind, record.key)
