@@ -29,7 +29,7 @@ class Recipe:
 
     Attributes:
         iterations: optimiser steps.
-        rays: rays an iteration, drawn from all training views, each once an epoch.
+        rays: rays an iteration, drawn from all training views, each at most once an epoch.
         learning_rate: of Adam, at the start.
         decay: factor by which the learning rate falls every `decay_iterations`, exponentially.
         decay_iterations: see `decay`.
@@ -79,7 +79,8 @@ class Progress:
 class RayPool:
     """All training rays of a scene with their colours, on one device.
 
-    An epoch is a seeded permutation of them; iteration i takes the i-th batch of it.
+    An epoch is a seeded permutation of them, cut into whole batches; the few rays that are left
+    over sit that epoch out. Iteration i takes the i-th batch.
     """
 
     def __init__(self, scene: Scene, device: torch.device) -> None:
@@ -227,14 +228,29 @@ class Trainer:
         iteration = metadata.get("iteration")
         if metadata.get("seed") != self.seed or not isinstance(iteration, int):
             raise CheckpointError(f"{path} is not a state of this training (seed {self.seed})")
+        # Everything is checked before anything is changed, so that a training whose state cannot
+        # be used can still begin from the start.
+        kinds = ("weights", "first", "second") if iteration > 0 else ("weights",)
+        wanted = {f"{kind}.{name}": p.shape for kind in kinds for name, p in self._parameters}
+        found = {name: t.shape for name, t in tensors.items() if name != "generator"}
+        wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        if wrong:
+            raise CheckpointError(
+                f"{path} is a state of networks of another shape: {', '.join(wrong[:3])}"
+            )
+        try:
+            torch.Generator(self.device).set_state(tensors["generator"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} holds the random state of another kind of device; it can only be "
+                f"continued where it was begun, not on {self.device} ({error})"
+            ) from error
+        self._generator.set_state(tensors["generator"])
         state = {}
         for index, (name, parameter) in enumerate(self._parameters):
-            weights = tensors.get(f"weights.{name}")
-            if weights is None or weights.shape != parameter.shape:
-                raise CheckpointError(f"{path} is of a network of another shape ({name})")
             with torch.no_grad():
-                parameter.copy_(weights)
-            if f"first.{name}" in tensors:
+                parameter.copy_(tensors[f"weights.{name}"])
+            if iteration > 0:
                 state[index] = {
                     "step": torch.tensor(float(iteration)),
                     "exp_avg": tensors[f"first.{name}"],
@@ -242,11 +258,4 @@ class Trainer:
                 }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        try:
-            self._generator.set_state(tensors["generator"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} holds the random state of another kind of device; it can only be "
-                f"continued where it was begun, not on {self.device} ({error})"
-            ) from error
         self.iteration = iteration

@@ -13,9 +13,10 @@ from typing import Any
 from nerf.scenes import scene_fingerprint, training_view_count
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
+from orchestrator.keys import content_key
 from orchestrator.spec import PruneGrid, Sweep
 from orchestrator.spec.sweep import NetworkScope, Schedule
-from orchestrator.store import Store, content_key
+from orchestrator.store import Store
 from pruning import ALLOCATIONS, CRITERIA
 
 # Part of every key: raised when a change of the code changes results.

@@ -1,4 +1,4 @@
-"""Live progress in the terminal: a panel that updates itself, or plain lines where there is none."""
+"""Live progress in the terminal: a panel that updates itself, or plain lines without one."""
 
 import sys
 import time
@@ -76,7 +76,7 @@ class Progress:
         self._iterations[training.key] = training.recipe.iterations
         self._tell()
 
-    def ended(self, kind: str, record: Record | None) -> None:
+    def ended(self, record: Record | None) -> None:
         """A node ended."""
         self._done += 1
         if record is not None and record.failure is not None:
@@ -88,8 +88,8 @@ class Progress:
                 self._first_trial = self._first_trial or time.monotonic()
                 self._trials += 1
             self._records.append(record)
-            on_front = {p.key for p in front(points(self._front + [record]))}
-            self._front = [r for r in self._front + [record] if r.key in on_front]
+            on_front = {p.key for p in front(points([*self._front, record]))}
+            self._front = [r for r in [*self._front, record] if r.key in on_front]
         self._tell(now=self._done == self._total)
 
     # --- what is shown ---------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ray import tune
 
 from orchestrator.errors import StoreError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, Plan, Training, Trial
+from orchestrator.plan import Calibration, Plan, Training
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Provenance, Record
 from orchestrator.scheduler.cluster import capacity, connected, requests
@@ -42,7 +42,7 @@ class Listener(Protocol):
     def started(self, total: int) -> None:
         """So many nodes are about to run."""
 
-    def ended(self, kind: str, record: Record | None) -> None:
+    def ended(self, record: Record | None) -> None:
         """A node ended; calibrations that succeed leave no record."""
 
 
@@ -89,7 +89,7 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
         elif record is not None:
             store.clear_failure(record.key)
         for listener in audience:
-            listener.ended(KIND[type(node)], record)
+            listener.ended(record)
 
     queue = PlanQueue(plan, on_progress, on_end)
     for listener in audience:
@@ -124,7 +124,10 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
     try:
         # So many may start at once: otherwise lanes would start one after another.
         pending = str(lanes + len(plan.trainings))
-        with _quiet("ray.tune"), _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}):
+        with (
+            _quiet("ray.tune"),
+            _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}),
+        ):
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(search_alg=queue, num_samples=-1, reuse_actors=True),

@@ -178,6 +178,13 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
                     self._close(dependent, Failure(failure.stage, reason + failure.reason))
         self._offer()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Tune pickles its searcher for a restore that never comes, see `save`."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PlanQueue":
+        return self
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the store is the truth, a plan made anew knows what is missing."""
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.keys import content_key
 from orchestrator.results import Record
-from orchestrator.store import Store, content_key
+from orchestrator.store import Store
 
 HASH = "prunefield.sweep_hash"
 KIND = "prunefield.kind"

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from orchestrator.keys import content_key
 from orchestrator.results import Failure, Provenance, Record, ViewScore
-from orchestrator.store import Store, content_key
+from orchestrator.store import Store
 
 SYNTHETIC = "SYNTHETIC (made by a test, measured on nothing)"
 DENSE_BYTES = 4_767_000
