@@ -88,6 +88,7 @@ class TrackingLogger:
         self._status = "FINISHED"
         self._error: TrackingError | None = None
         self._unlogged: list[tuple[str, str]] = []
+        self._told = False
 
     # --- what the sweep calls --------------------------------------------------------------
 
@@ -214,12 +215,13 @@ class TrackingLogger:
         """
         from orchestrator.tracking.stores import brief, unreachable  # noqa: PLC0415  imports MLflow
 
-        attempts, delay, told = 0, FIRST_DELAY, False
+        attempts, delay = 0, FIRST_DELAY
         while True:
             problem = unreachable(self.uri)
             if problem is None:
                 try:
                     action(writer)
+                    self._told = False
                     return
                 except Exception as error:
                     log.debug("logging %s failed", what, exc_info=True)
@@ -228,9 +230,9 @@ class TrackingLogger:
             if attempts >= ATTEMPTS or time.monotonic() + delay > self._deadline:
                 self._unlogged.append((what, problem))
                 return
-            if not told:
+            if not self._told:  # once an outage
                 log.info("cannot log %s yet (%s); trying again in the background", what, problem)
-                told = True
+                self._told = True
             if self._closing.is_set():
                 time.sleep(delay)
             else:

@@ -347,12 +347,12 @@ class RunWriter:
 
     def end(self, status: str) -> None:
         """End every child that still runs, then the parent."""
-        self.stop_monitor()
         self._remove_outdated()
         for key, child in self.children.items():
             if child.status == "RUNNING":
                 self._end_child(key, "KILLED")
         self.client.set_terminated(self.parent, status)
+        self.stop_monitor()  # last: after an outage it may wait for retries of MLflow's own
 
     # --- small things ----------------------------------------------------------------------
 
