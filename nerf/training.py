@@ -202,9 +202,13 @@ class Trainer:
 
     def _capture(self, picked: Int[Tensor, " rays"]) -> None:
         torch.cuda.synchronize(self.device)
+        random_state = self._generator.get_state()
         try:
             self._graph = StepGraph(self._update, picked, self._generator)
         except RuntimeError as error:
+            # A failed capture leaves its generator unusable.
+            self._generator = torch.Generator(self.device)
+            self._generator.set_state(random_state)
             log.warning("training without a CUDA graph, which is slower: %s", error)
 
     def _update(self, picked: Int[Tensor, " rays"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
