@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
-from orchestrator.spec.mistakes import mistakes_of
-from orchestrator.spec.schema import PruneSection, StageSection, SweepFile
+from orchestrator.spec.mistakes import mistakes_of, shown
+from orchestrator.spec.schema import (
+    MAX_LAYERS,
+    PruneSection,
+    StageSection,
+    SweepFile,
+    listed_schedules,
+)
 from orchestrator.spec.sweep import (
     CalibrationAxes,
     Protocol,
@@ -26,7 +33,11 @@ from orchestrator.spec.sweep import (
     TrackingSettings,
 )
 
-MAX_FILE_BYTES = 10_000_000
+# Limits far above any sweep, so that a file that is none of ours is refused at once.
+MAX_FILE_BYTES = 1_000_000
+MAX_NODES = 50_000
+MAX_DEPTH = 40
+MAX_TRIALS = 1_000_000
 CLUSTER_KEYS = {"cluster_name", "provider", "auth", "available_node_types", "head_node_type"}
 
 
@@ -57,6 +68,8 @@ def read_text(text: str, source: Path) -> Sweep:
     except ValidationError as error:
         mistakes = mistakes_of(error, SweepFile, data, prefix)
     mistakes += _across(data, prefix)
+    if parsed is not None:
+        mistakes += _size(parsed, prefix)
     if parsed is None or mistakes:
         raise SpecError(str(source), mistakes)
     return _build(parsed, text, source)
@@ -64,34 +77,65 @@ def read_text(text: str, source: Path) -> Sweep:
 
 def _read(source: Path) -> str:
     try:
-        if source.is_file() and source.stat().st_size > MAX_FILE_BYTES:
-            raise SpecError(
-                str(source), [Mistake("(file)", None, "larger than 10 MB: not a sweep file")]
-            )
-        return source.read_text(encoding="utf-8")
+        with source.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        if len(content) <= MAX_FILE_BYTES:
+            return content.decode("utf-8")
+        message = f"larger than {MAX_FILE_BYTES // 1_000_000} MB: not a sweep file"
     except FileNotFoundError:
         message = f"no such file (working directory: {Path.cwd()})"
     except UnicodeDecodeError:
         message = "not a text file in UTF-8"
-    except OSError as error:
-        message = f"cannot be read: {error.strerror or error}"
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        message = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     raise SpecError(str(source), [Mistake("(file)", None, message)])
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML only (no tags that build objects); a key given twice is a mistake."""
+    """Plain YAML only (no tags that build objects), of a sane size; no key given twice.
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key, str | int | float):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+    Aliases are counted as what they stand for: a few lines of them can stand for billions of
+    values.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        before = self._nodes
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _refusal(f"nested more than {MAX_DEPTH} deep: not a sweep file", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not alias:
+            self._nodes += 1
+            self._sizes[id(node)] = self._nodes - before
+        elif id(node) in self._sizes:
+            self._nodes += self._sizes[id(node)]
+        else:
+            raise _refusal("an alias inside of what it stands for", mark)
+        if self._nodes > MAX_NODES:
+            raise _refusal(f"more than {MAX_NODES:,} values: not a sweep file", mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _refusal(f"key {key.value!r} is given twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.composer.ComposerError(None, None, problem, mark)
 
 
 def _parse(text: str, source: Path) -> Any:
@@ -100,9 +144,9 @@ def _parse(text: str, source: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "(file)"
-        problem = error.problem or "not YAML"
+        problem = ", ".join(filter(None, (error.context, error.problem))) or "not YAML"
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        place, problem = "(file)", f"not YAML: {error}"
+        place, problem = "(file)", f"not YAML: {' '.join(str(error).split())}"
     raise SpecError(str(source), [Mistake(place, None, problem)])
 
 
@@ -110,7 +154,7 @@ def _sweep_part(data: Any, source: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(data, dict):
         message = "a sweep file is a mapping with at least name, scene and prune"
         raise SpecError(str(source), [Mistake("(top)", None, message)])
-    if not CLUSTER_KEYS & set(data):
+    if not {*CLUSTER_KEYS, "metadata"} & set(data):
         return data, ""
     metadata = data.get("metadata")
     sweep = metadata.get("sweep") if isinstance(metadata, dict) else None
@@ -134,27 +178,58 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
         return child if isinstance(child, dict) else {}
 
     found = []
-    scene = section(data, "scene")
-    if scene and scene.get("format") != "demo" and not scene.get("path"):
+    scene = data.get("scene")
+    if (
+        isinstance(scene, dict)
+        and scene.get("format", "auto") in ("auto", "llff", "blender")
+        and scene.get("path") in (None, "")
+    ):
         found.append(
             Mistake(at("scene.path"), None, "this key is required (only `format: demo` needs none)")
         )
     network = section(section(data, "train"), "network")
     depth, skip = network.get("depth", 8), network.get("skip", 4)
-    if isinstance(depth, int) and isinstance(skip, int) and skip >= depth - 1:
-        message = f"must name a hidden layer before the last: 0 to {depth - 2}, or null for none"
+    if type(depth) is not int or not 1 <= depth <= MAX_LAYERS:
+        return found
+    if type(skip) is int and skip >= depth - 1:
+        allowed = f"0 to {depth - 2}, or null for none" if depth > 1 else "null, for none"
+        message = f"must name a hidden layer before the last of {depth}: {allowed}"
         found.append(Mistake(at("train.network.skip"), skip, message))
     grids = data.get("prune")
     for number, grid in enumerate(grids if isinstance(grids, list) else [grids]):
-        schedules = grid.get("schedules") if isinstance(grid, dict) else None
+        given = grid.get("schedules") if isinstance(grid, dict) else None
+        schedules = listed_schedules(given)
         for place, schedule in enumerate(schedules if isinstance(schedules, list) else []):
-            if isinstance(schedule, list) and isinstance(depth, int) and len(schedule) != depth:
+            if isinstance(schedule, list) and schedule and len(schedule) != depth:
                 where = f"prune[{number}]" if isinstance(grids, list) else "prune"
+                where += ".schedules" + (f"[{place}]" if schedules is given else "")
                 message = (
                     f"{len(schedule)} ratios for {depth} hidden layers; give one ratio a layer"
                 )
-                found.append(Mistake(at(f"{where}.schedules[{place}]"), schedule, message))
+                found.append(Mistake(at(where), shown(schedule), message))
     return found
+
+
+def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
+    """A mistake if the lists fan out to more trials than anyone can mean."""
+    train = parsed.train
+    trainings = _product(train.iterations, train.rays, train.learning_rate, train.seeds)
+    grids = sum(
+        _product(grid.networks, grid.criteria, grid.ratios, grid.schedules)
+        * _product(grid.calibration.views, grid.calibration.rays, grid.calibration.seeds)
+        for grid in parsed.prune
+    )
+    if trainings * grids <= MAX_TRIALS:
+        return []
+    message = (
+        f"the lists fan out to {trainings:,} trainings × {grids:,} prunings; "
+        f"at most {MAX_TRIALS:,} trials fit one sweep: shorten them or split the sweep"
+    )
+    return [Mistake(prefix or "(top)", None, message)]
+
+
+def _product(*axes: Sequence[Any]) -> int:
+    return math.prod(len(axis) for axis in axes)
 
 
 def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
@@ -175,9 +250,7 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             dict.fromkeys(train.learning_rate),
         )
     )
-    identity = parsed.model_dump(
-        mode="json", include={"name", "scene", "train", "prune", "evaluate"}
-    )
+    identity = parsed.model_dump(include={"name", "scene", "train", "prune", "evaluate"})
     resources = parsed.resources
     return Sweep(
         name=parsed.name,
@@ -236,8 +309,6 @@ def _grid(section: PruneSection) -> PruneGrid:
 
 def _stage(section: StageSection, default: StageResources) -> StageResources:
     cpus = default.cpus if section.cpus is None else section.cpus
-    if not math.isfinite(cpus):
-        cpus = default.cpus
     return StageResources(cpus=cpus, gpus=section.gpus)
 
 

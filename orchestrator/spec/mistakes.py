@@ -11,7 +11,9 @@ from orchestrator.errors import Mistake
 
 def nearest(value: Any, names: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'activation'?``, or nothing."""
-    close = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
+    if not isinstance(value, str):
+        return ""
+    close = difflib.get_close_matches(value[:100], list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -45,7 +47,7 @@ def mistakes_of(
             message = f"allowed are {', '.join(names)}{nearest(value, names)}"
         elif kind in ("model_type", "dict_type", "model_attributes_type"):
             message = "a mapping (key: value) belongs here"
-        found.append(Mistake(path, _shown(value), message))
+        found.append(Mistake(path, shown(value), message))
     return found
 
 
@@ -53,9 +55,15 @@ def _expected(complaint: Any) -> str:
     return str(complaint["ctx"]["expected"]).replace(" or ", ", ")
 
 
-def _shown(value: Any) -> Any:
-    text = repr(value)
-    return value if len(text) <= 80 else text[:77] + "..."
+def shown(value: Any) -> Any:
+    """The value, or the beginning of it where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # whole numbers of more digits than Python writes out
+        return "a very long number"
+    if len(text) <= 80:
+        return value
+    return (value if isinstance(value, str) else text)[:77] + "..."
 
 
 def _path(location: Sequence[int | str], data: Any, prefix: str) -> str:

@@ -3,10 +3,12 @@
 Every field has a description, so that the reference of the sweep file can be made from here.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.mistakes import nearest
@@ -14,6 +16,8 @@ from pruning import ALLOCATIONS, CRITERIA
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_SEED = 2**31 - 1
+MAX_COUNT = 10**9
+MAX_LAYERS = 64
 
 
 def _listed(value: Any) -> Any:
@@ -39,13 +43,37 @@ def _number(value: Any) -> float:
         raise PydanticCustomError(
             "ratio", "a ratio is the fraction removed: a number from 0 up to, but not, 1"
         )
-    return float(value)
+    return float(value) + 0.0  # −0 and 0 are one ratio and must have one key
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number belongs here")
+    return value
+
+
+def _folder(value: str) -> str:
+    try:
+        os.fsencode(Path(value).expanduser())
+    except (RuntimeError, ValueError) as error:
+        raise PydanticCustomError(
+            "folder", "not a path: {reason}", {"reason": str(error)}
+        ) from error
+    if not value or "\0" in value:
+        raise PydanticCustomError("folder", "the path of a folder belongs here")
+    return value
+
+
+def listed_schedules(value: Any) -> Any:
+    """Schedules as a list, also from a lone name or the lone ratios of one explicit schedule."""
+    lone = isinstance(value, list) and value and all(isinstance(v, int | float) for v in value)
+    return [value] if isinstance(value, str) or lone else value
 
 
 def _views(value: Any) -> int | None:
     if value == "all":
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
         raise PydanticCustomError("views", "allowed are a whole number from 1, or `all`")
     return value
 
@@ -71,7 +99,7 @@ def _schedule(value: Any) -> str | tuple[float, ...]:
                 "(wrong at places {bad})",
                 {"bad": ", ".join(map(str, bad)) or "all: it is empty"},
             )
-        return tuple(float(r) for r in value)
+        return tuple(float(r) + 0.0 for r in value)
     if isinstance(value, str) and value in ALLOCATIONS:
         return value
     raise PydanticCustomError(
@@ -82,20 +110,20 @@ def _schedule(value: Any) -> str | tuple[float, ...]:
 
 
 def _is_ratio(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= float(value) < 1.0
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
 
 Listed = BeforeValidator(_listed)
 Ratio = Annotated[float, PlainValidator(_number)]
 Views = Annotated[int | None, PlainValidator(_views)]
 Gpus = Annotated[float | None, PlainValidator(_gpus)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 Criterion = Annotated[str, _known("criterion", list(CRITERIA))]
 ScheduleEntry = Annotated[str | tuple[float, ...], PlainValidator(_schedule)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[Number, Field(gt=0)]
+Folder = Annotated[str, AfterValidator(_folder)]
 PrecisionName = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -107,7 +135,7 @@ class SceneSection(_Section):
     """Which scene, and how it is read."""
 
     path: Annotated[
-        str | None,
+        Folder | None,
         Field(
             description="scene folder; a relative one is looked for in the working directory, its "
             "data/, $PRUNEFIELD_DATA and the sweep file's folder; `format: demo` needs none"
@@ -121,27 +149,34 @@ class SceneSection(_Section):
         Field(ge=1, le=64, strict=True, description="downsampling; images_8 for 8"),
     ] = None
     holdout: Annotated[
-        int, Field(ge=2, strict=True, description="every n-th view is held out (LLFF)")
+        int,
+        Field(ge=2, le=MAX_COUNT, strict=True, description="every n-th view is held out (LLFF)"),
     ] = 8
     ndc: Annotated[bool | None, Field(strict=True, description="NDC rays")] = None
     white_background: Annotated[bool | None, Field(strict=True, description="white behind")] = None
     half_resolution: Annotated[bool, Field(strict=True, description="half size (Blender)")] = False
     test_skip: Annotated[
-        int, Field(ge=1, strict=True, description="every n-th test view (Blender)")
+        int, Field(ge=1, le=MAX_COUNT, strict=True, description="every n-th test view (Blender)")
     ] = 1
 
 
 class NetworkSection(_Section):
     """Widths of both networks before pruning; the default is the original NeRF's."""
 
-    depth: Annotated[int, Field(ge=1, le=64, strict=True, description="hidden layers")] = 8
+    depth: Annotated[int, Field(ge=1, le=MAX_LAYERS, strict=True, description="hidden layers")] = 8
     width: Annotated[int, Field(ge=1, le=4096, strict=True, description="channels of each")] = 256
     skip: Annotated[
         int | None,
-        Field(ge=0, strict=True, description="hidden layer whose output is joined by the point"),
+        Field(
+            ge=0,
+            le=MAX_LAYERS,
+            strict=True,
+            description="hidden layer whose output is joined by the point",
+        ),
     ] = 4
     view: Annotated[
-        int | None, Field(ge=1, strict=True, description="view branch; half the width by default")
+        int | None,
+        Field(ge=1, le=4096, strict=True, description="view branch; half the width by default"),
     ] = None
     point_octaves: Annotated[int, Field(ge=0, le=16, strict=True)] = 10
     direction_octaves: Annotated[int, Field(ge=0, le=16, strict=True)] = 4
@@ -163,7 +198,7 @@ class TrainSection(_Section):
     learning_rate: Annotated[list[PositiveFloat], Listed, Field(min_length=1)] = [5e-4]
     decay: PositiveFloat = 0.1
     decay_iterations: Count = 250_000
-    density_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    density_noise: Annotated[Number, Field(ge=0)] = 1.0
     precision: PrecisionName = "float32"
     network: NetworkSection = NetworkSection()
     samples: SamplesSection = SamplesSection()
@@ -185,7 +220,9 @@ class PruneSection(_Section):
     ]
     criteria: Annotated[list[Criterion], Listed, Field(min_length=1)] = ["activation"]
     ratios: Annotated[list[Ratio], Listed, Field(min_length=1)]
-    schedules: Annotated[list[ScheduleEntry], Field(min_length=1)] = ["uniform"]
+    schedules: Annotated[
+        list[ScheduleEntry], BeforeValidator(listed_schedules), Field(min_length=1)
+    ] = ["uniform"]
     calibration: CalibrationSection = CalibrationSection()
 
 
@@ -193,18 +230,22 @@ class EvaluateSection(_Section):
     """How models are evaluated: held-out views, no jitter, no noise."""
 
     max_rays: Annotated[
-        int | None, Field(ge=1, strict=True, description="rays a view; whole pictures by default")
+        int | None,
+        Field(
+            ge=1, le=MAX_COUNT, strict=True, description="rays a view; whole pictures by default"
+        ),
     ] = None
     precision: PrecisionName = "float32"
     renders: Annotated[
-        int, Field(ge=0, strict=True, description="held-out views kept as pictures, the first ones")
+        int,
+        Field(ge=0, le=MAX_COUNT, strict=True, description="held-out views kept as pictures"),
     ] = 1
 
 
 class StageSection(_Section):
     """What one worker takes."""
 
-    cpus: Annotated[float | None, Field(gt=0, le=1024, allow_inf_nan=False)] = None
+    cpus: Annotated[Number, Field(gt=0, le=1024)] | None = None
     gpus: Gpus = None
 
 
@@ -231,7 +272,7 @@ class ReportSection(_Section):
 
     ratios: Annotated[list[Ratio] | None, Field(description="ratios in the grid of renders")] = None
     reference_psnr: Annotated[
-        float, Field(allow_inf_nan=False, description="dB, of the hypervolume's reference point")
+        Number, Field(description="dB, of the hypervolume's reference point")
     ] = 10.0
 
 
@@ -246,5 +287,5 @@ class SweepFile(_Section):
     evaluate: EvaluateSection = EvaluateSection()
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
-    storage: str = "prunefield-out"
+    storage: Folder = "prunefield-out"
     report: ReportSection = ReportSection()
