@@ -91,18 +91,21 @@ class Record:
         """The inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError: the data is not a record.
+            ValueError: the data is not a record.
         """
-        failure = data.get("failure")
-        return cls(
-            kind=data["kind"],
-            key=data["key"],
-            training=data["training"],
-            config=dict(data["config"]),
-            metrics=dict(data["metrics"]),
-            views=tuple(ViewScore(**view) for view in data["views"]),
-            widths={name: tuple(w) for name, w in data["widths"].items()},
-            provenance=Provenance(**data["provenance"]),
-            failure=Failure(**failure) if failure else None,
-            files=dict(data["files"]),
-        )
+        try:
+            failure = data.get("failure")
+            return cls(
+                kind=data["kind"],
+                key=data["key"],
+                training=data["training"],
+                config=dict(data["config"]),
+                metrics=dict(data["metrics"]),
+                views=tuple(ViewScore(**view) for view in data["views"]),
+                widths={name: tuple(w) for name, w in data["widths"].items()},
+                provenance=Provenance(**data["provenance"]),
+                failure=Failure(**failure) if failure else None,
+                files=dict(data["files"]),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a record: {error}") from error

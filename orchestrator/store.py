@@ -46,17 +46,21 @@ def file_hash(path: Path) -> str:
 
 
 class Store:
-    """The storage folder of one or many sweeps.
+    """The storage folder of one or many sweeps; it is made when something is written.
 
-    Raises:
-        StoreError: the folder cannot be made or written.
+    Args:
+        root: the folder.
     """
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser().resolve()
-        self._probe()
 
-    def _probe(self) -> None:
+    def prepare(self) -> None:
+        """Make the folder now, to learn before any work whether it can be written.
+
+        Raises:
+            StoreError: it cannot.
+        """
         try:
             for name in ("tmp", "running", "failures", "sweeps", *FOLDERS.values()):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -78,9 +82,21 @@ class Store:
         return self.root / FOLDERS[kind] / key
 
     def keys(self, kind: str) -> set[str]:
-        """Keys of all whole entries of a kind, by one listing."""
-        with os.scandir(self.root / FOLDERS[kind]) as entries:
-            return {entry.name for entry in entries}
+        """Keys of all whole entries of a kind, by one listing.
+
+        Raises:
+            StoreError: the storage folder cannot be read.
+        """
+        try:
+            with os.scandir(self.root / FOLDERS[kind]) as entries:
+                return {entry.name for entry in entries}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise StoreError(
+                f"cannot read the storage folder {self.root}: {error.strerror or error}; "
+                "give another folder as `storage:` in the sweep file"
+            ) from error
 
     def has(self, kind: str, key: str) -> bool:
         """Whether a whole entry exists."""
@@ -91,12 +107,19 @@ class Store:
         """A temporary folder that becomes the entry when the block ends without an error.
 
         If another process finished the same entry first, that one stays.
+
+        Raises:
+            StoreError: the entry cannot be written.
         """
-        temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
+        temporary = None
+        place = self.folder(kind, key)
         try:
+            for folder in (self.root / "tmp", place.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
             yield temporary
             try:
-                temporary.rename(self.folder(kind, key))
+                temporary.rename(place)
             except OSError:
                 if not self.has(kind, key):
                     raise
@@ -106,12 +129,16 @@ class Store:
                 "free space or check the folder's permissions, then run again"
             ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def running(self, key: str) -> Path:
         """A folder for the state of a training under way; it outlives the process."""
         folder = self.root / "running" / key
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make {folder}: {error.strerror or error}") from error
         return folder
 
     def remove_running(self, key: str) -> None:
@@ -139,7 +166,7 @@ class Store:
         path = self.folder(kind, key) / RECORD
         try:
             return Record.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise StoreError(
                 f"{path} is missing or damaged ({error}); remove the folder {path.parent} and run "
                 "the sweep again to make it anew"
@@ -173,7 +200,7 @@ class Store:
         path = self.root / "failures" / f"{key}.json"
         try:
             return Record.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
 
     def clear_failure(self, key: str) -> None:
@@ -187,6 +214,7 @@ def atomic_write(path: Path, text: str) -> None:
     Raises:
         StoreError: the file cannot be written.
     """
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -195,5 +223,9 @@ def atomic_write(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).replace(path)
+        temporary = None
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

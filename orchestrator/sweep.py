@@ -45,6 +45,7 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
     """
     sweep, store = open_sweep(path)
     plan = make_plan(sweep, store)
+    store.prepare()
     origin = Origin.here()
     show = progress or Progress()
     with (
@@ -67,11 +68,10 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
 
 
 def open_sweep(path: Path | str) -> tuple[Sweep, Store]:
-    """Read a sweep file and open its storage folder.
+    """Read a sweep file; its storage folder is not made yet.
 
     Raises:
         SpecError: the file holds mistakes.
-        StoreError: the storage folder cannot be written.
     """
     sweep = load(path)
     store = Store(sweep.storage)

@@ -80,11 +80,19 @@ def front(options: argparse.Namespace) -> int:
 
 def ui(options: argparse.Namespace) -> int:
     """Serve the MLflow UI until interrupted."""
+    from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
     from orchestrator.tracking import default_uri, links, serve
+    from orchestrator.tracking.names import sqlite_path
 
     sweep, store = open_sweep(options.sweep)
     uri = sweep.tracking.uri or default_uri(store)
+    database = sqlite_path(uri)
+    if database is not None and not database.is_file():
+        raise SweepError(
+            f"sweep {sweep.name!r} has no tracking store at {database} yet; "
+            f"run it first: prunefield run {options.sweep}"
+        )
     with serve(uri, options.port) as (address, process):
         found = links(address, uri, sweep.tracking.experiment, sweep.hash)
         print(f"MLflow UI: {address}")

@@ -42,6 +42,7 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def store(tmp_path: Path, fresh_database: bytes) -> Store:
     store = Store(tmp_path / "store")
+    store.prepare()
     (store.root / "mlflow.db").write_bytes(fresh_database)
     return store
 
