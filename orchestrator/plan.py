@@ -14,7 +14,7 @@ from nerf.scenes import scene_fingerprint, training_view_count
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
-from orchestrator.spec import PruneGrid, Sweep
+from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.sweep import NetworkScope, Schedule
 from orchestrator.store import Store
 from pruning import ALLOCATIONS, CRITERIA
@@ -241,14 +241,12 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
 def _check_views(sweep: Sweep, view_count: int) -> None:
     mistakes = [
         Mistake(
-            f"prune[{number}].calibration.views"
-            if len(sweep.grids) > 1
-            else "prune.calibration.views",
+            place_of(sweep, "prune", number, "calibration", "views", place),
             views,
             f"the scene has {view_count} training views; allowed are 1 to {view_count}, or `all`",
         )
         for number, grid in enumerate(sweep.grids)
-        for views in grid.calibration.views
+        for place, views in enumerate(grid.calibration.views)
         if views is not None and views > view_count
     ]
     if mistakes:

@@ -5,7 +5,7 @@ every mistake. ``schema.py`` is the YAML edge (pydantic), ``mistakes.py`` turns 
 sentences, ``sweep.py`` holds what the rest of the project works with.
 """
 
-from orchestrator.spec.load import load, read_text
+from orchestrator.spec.load import load, place_of, read_text
 from orchestrator.spec.sweep import (
     CalibrationAxes,
     PruneGrid,
@@ -25,5 +25,6 @@ __all__ = [
     "Sweep",
     "TrackingSettings",
     "load",
+    "place_of",
     "read_text",
 ]

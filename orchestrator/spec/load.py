@@ -14,7 +14,7 @@ from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
-from orchestrator.spec.mistakes import mistakes_of, shown
+from orchestrator.spec.mistakes import mistakes_of, path_of, shown
 from orchestrator.spec.schema import (
     MAX_LAYERS,
     PruneSection,
@@ -73,6 +73,18 @@ def read_text(text: str, source: Path) -> Sweep:
     if parsed is None or mistakes:
         raise SpecError(str(source), mistakes)
     return _build(parsed, text, source)
+
+
+def place_of(sweep: Sweep, *location: int | str) -> str:
+    """Where something stands in a sweep's file, as messages write it.
+
+    Args:
+        sweep: the sweep.
+        location: keys and list positions, e.g. ``"prune", 0, "ratios", 2``; lists that the file
+            does not write show no position.
+    """
+    data, prefix = _sweep_part(_parse(sweep.text, sweep.source), sweep.source)
+    return path_of(location, data, prefix)
 
 
 def _read(source: Path) -> str:

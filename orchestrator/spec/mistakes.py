@@ -31,7 +31,7 @@ def mistakes_of(
     found = []
     for complaint in error.errors(include_url=False):
         location = complaint["loc"]
-        path = _path(location, data, prefix)
+        path = path_of(location, data, prefix)
         kind, value = complaint["type"], complaint.get("input")
         message = complaint["msg"]
         if kind == "extra_forbidden":
@@ -66,7 +66,7 @@ def shown(value: Any) -> Any:
     return (value if isinstance(value, str) else text)[:77] + "..."
 
 
-def _path(location: Sequence[int | str], data: Any, prefix: str) -> str:
+def path_of(location: Sequence[int | str], data: Any, prefix: str) -> str:
     """The place as a person would write it; a lone value wrapped into a list shows no index."""
     path = prefix
     for part in location:
