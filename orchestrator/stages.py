@@ -259,6 +259,8 @@ class Workbench:
 
     def calibrate(self, calibration: Calibration, watch: Stopwatch) -> None:
         """Collect the statistics of every set size of one model and seed, in one pass."""
+        if all(self.store.has("statistics", key) for key in calibration.sets.values()):
+            return
         with watch.during("load"):
             model, scene = self.model(calibration.training), self.scene()
         criteria = {name for grid in self.sweep.grids for name in grid.criteria}

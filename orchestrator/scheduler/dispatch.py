@@ -1,7 +1,9 @@
 """Where lanes get their work: an actor of no cost that hands out calibrations and prunings.
 
-It prefers work on the model that a lane has loaded. It remembers what each lane holds, so that a
-lane that died takes it up again, a given number of times.
+It prefers work on the model that a lane has loaded. It remembers what each lane holds and what it
+has ended without reporting it yet, so that nothing is forgotten when a lane dies: what killed its
+worker is begun again a given number of times, the rest is handed out anew (what is in the store
+already costs nothing).
 """
 
 from collections import Counter, OrderedDict, deque
@@ -13,6 +15,8 @@ import ray
 from ray.actor import ActorHandle
 
 from orchestrator.scheduler.queue import Item
+
+Work = tuple[str, Item]  # the key of the model, and what to do with it
 
 
 @dataclass(frozen=True)
@@ -38,47 +42,76 @@ class WorkTable:
     def __init__(self, retries: int) -> None:
         self._retries = retries
         self._ready: OrderedDict[str, deque[Item]] = OrderedDict()
-        self._held: dict[str, tuple[str, Item]] = {}
+        self._held: dict[str, Work] = {}
+        self._unreported: dict[str, list[Work]] = {}
+        self._lost: dict[str, list[Item]] = {}
         self._begun: Counter[Item] = Counter()
 
-    def offer(self, work: Iterable[tuple[str, Item]]) -> None:
+    def offer(self, work: Iterable[Work]) -> None:
         """Add items, each with the key of the model it works on."""
         for model, item in work:
             self._ready.setdefault(model, deque()).append(item)
 
-    def next(self, lane: str, model: str | None) -> Order:
+    def next(self, lane: str, model: str | None, reported: bool = False) -> Order:
         """The next item for a lane that has finished what it held, or never held anything.
 
         Args:
             lane: which lane asks.
             model: the model it has loaded, if any.
+            reported: whether it has reported all that it ended so far.
         """
-        self._held.pop(lane, None)
-        for key in [model] if model in self._ready else list(self._ready):
-            assert key is not None
-            item = self._ready[key].popleft()
-            if not self._ready[key]:
-                del self._ready[key]
-            self._held[lane] = (key, item)
-            self._begun[item] += 1
-            return Order(item)
-        return Order(None)
-
-    def resume(self, lane: str) -> Order:
-        """What a lane held when its worker died: again, unless that happened too often."""
-        if lane not in self._held:
+        held = self._held.pop(lane, None)
+        if reported:
+            self._unreported.pop(lane, None)
+            self._lost.pop(lane, None)
+        elif held is not None:
+            self._unreported.setdefault(lane, []).append(held)
+        if not self._ready:
             return Order(None)
-        _, item = self._held[lane]
-        if self._begun[item] > self._retries:
-            del self._held[lane]
-            return Order(None, lost=(item,))
+        key = model if model is not None and model in self._ready else next(iter(self._ready))
+        item = self._ready[key].popleft()
+        if not self._ready[key]:
+            del self._ready[key]
+        self._held[lane] = (key, item)
         self._begun[item] += 1
         return Order(item)
 
-    def drop_lane(self, lane: str) -> None:
-        """A lane will not come back: what it held goes to another."""
+    def resume(self, lane: str) -> Order:
+        """What a lane held when its worker died: again, unless that happened too often."""
+        self._offer_unreported(lane)
+        item = None
         if lane in self._held:
-            self.offer([self._held.pop(lane)])
+            _, item = self._held[lane]
+            if self._begun[item] > self._retries:
+                del self._held[lane]
+                self._lost.setdefault(lane, []).append(item)
+                item = None
+            else:
+                self._begun[item] += 1
+        return Order(item, tuple(self._lost.get(lane, ())))
+
+    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+        """A lane will not come back: what it held goes to another, unless it is lost.
+
+        Returns:
+            Items that killed their worker too often.
+        """
+        self._offer_unreported(lane)
+        lost = self._lost.pop(lane, [])
+        if lane in self._held:
+            model, item = self._held.pop(lane)
+            if self._begun[item] > self._retries:
+                lost.append(item)
+            else:
+                self.offer([(model, item)])
+        return tuple(lost)
+
+    def _offer_unreported(self, lane: str) -> None:
+        """Nobody has heard how these ended: they are handed out anew, and not held against them."""
+        again = self._unreported.pop(lane, [])
+        for _, item in again:
+            self._begun[item] -= 1
+        self.offer(again)
 
 
 class Dispatcher:
@@ -95,21 +128,21 @@ class Dispatcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Dispatcher, (self._retries, self._table))
 
-    def offer(self, work: Iterable[tuple[str, Item]]) -> None:
+    def offer(self, work: Iterable[Work]) -> None:
         """Add items, each with the key of the model it works on."""
         ray.get(self._table.offer.remote(list(work)))
 
-    def next(self, lane: str, model: str | None) -> Order:
+    def next(self, lane: str, model: str | None, reported: bool = False) -> Order:
         """The next item for a lane, see `WorkTable.next`."""
-        return ray.get(self._table.next.remote(lane, model))
+        return ray.get(self._table.next.remote(lane, model, reported))
 
     def resume(self, lane: str) -> Order:
         """What a lane held when its worker died, see `WorkTable.resume`."""
         return ray.get(self._table.resume.remote(lane))
 
-    def drop_lane(self, lane: str) -> None:
-        """A lane will not come back: what it held goes to another."""
-        ray.get(self._table.drop_lane.remote(lane))
+    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+        """A lane will not come back, see `WorkTable.drop_lane`."""
+        return ray.get(self._table.drop_lane.remote(lane))
 
     def close(self) -> None:
         """End the actor."""

@@ -22,6 +22,8 @@ Node = Training | Calibration | Trial
 Item = tuple[str, str]  # kind and key: enough for a worker to find the node
 KIND = {Training: "train", Calibration: "calibrate", Trial: "prune"}
 LANE = "lane"
+# So many workers may die in a row before everything is given up.
+MIN_DEAD_LANES = 4
 
 
 def item_of(node: Node) -> Item:
@@ -35,8 +37,8 @@ class Dispatch(Protocol):
     def offer(self, work: Iterable[tuple[str, Item]]) -> None:
         """Add items, each with the key of the model it works on."""
 
-    def drop_lane(self, lane: str) -> None:
-        """Take back what a dead lane held."""
+    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+        """Take back what a dead lane held; gives what has killed its worker too often."""
 
 
 class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
@@ -59,7 +61,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._on_end = on_end
         self._dispatch: Dispatch | None = None
         self._max_lanes = 1
-        self._lane_failures = 0
+        self._dead_lanes = 0  # since a node last succeeded
         self._trainings: deque[Training] = deque()
         self._to_offer: list[Node] = []
         self._waiting: dict[str, list[Node]] = {}
@@ -151,17 +153,21 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             reason = "its worker died more often than `resources.retries` allows"
             self._close(training, Failure("train", reason))
             return
-        self._lane_failures += 1
+        self._dead_lanes += 1
         if self._dispatch is not None:
-            self._dispatch.drop_lane(trial_id)
-        if self._lane_failures > self._max_lanes:
+            for item in self._dispatch.drop_lane(trial_id):
+                self._end(lost(item))
+        if self._dead_lanes > max(self._max_lanes, MIN_DEAD_LANES):
             for node in list(self._open.values()):
-                self._close(node, Failure("start", "workers died as soon as they started"))
+                reason = "workers die one after another without finishing anything"
+                self._close(node, Failure("start", reason))
 
     def _end(self, ended: dict[str, Any]) -> None:
         node = self._open.get((ended["kind"], ended["key"]))
         if node is not None:
             failure = ended.get("failure")
+            if failure is None:
+                self._dead_lanes = 0
             self._close(node, Failure(**failure) if failure else None)
 
     def _close(self, node: Node, failure: Failure | None) -> None:
@@ -199,6 +205,12 @@ def provided(node: Node) -> tuple[str, ...]:
     if isinstance(node, Calibration):
         return tuple(node.sets.values())
     return ()
+
+
+def lost(item: Item) -> dict[str, Any]:
+    """How an item ended that killed its worker too often, as lanes report it."""
+    reason = "its worker died each time it was tried, more often than `resources.retries` allows"
+    return {"kind": item[0], "key": item[1], "failure": {"stage": item[0], "reason": reason}}
 
 
 def _model_of(node: Node) -> str:

@@ -10,7 +10,7 @@ from orchestrator.plan import Calibration, Training
 from orchestrator.provenance import Origin
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
-from orchestrator.scheduler.queue import LANE, Item, Node
+from orchestrator.scheduler.queue import LANE, Item, Node, lost
 from orchestrator.spec import Sweep
 from orchestrator.stages import Stopwatch, Update, Workbench, failure_of
 from orchestrator.store import Store
@@ -78,13 +78,14 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         reported = time.monotonic()
         order = self._dispatcher.resume(lane)
         while True:
-            ended += [_lost(item) for item in order.lost]
+            ended += [lost(item) for item in order.lost]
             if order.item is not None:
                 ended.append(self._run(order.item))
-                if time.monotonic() - reported > REPORT_SECONDS:
-                    yield {"ended": ended}
-                    ended, reported = [], time.monotonic()
-            order = self._dispatcher.next(lane, self._bench.loaded_model)
+            told = time.monotonic() - reported > REPORT_SECONDS
+            if told:
+                yield {"ended": ended}  # Tune has it when it asks for more
+                ended, reported = [], time.monotonic()
+            order = self._dispatcher.next(lane, self._bench.loaded_model, told)
             if order.item is None:
                 return {"ended": ended}
 
@@ -121,8 +122,3 @@ def _ended(item: Item, error: Exception | None, watch: Stopwatch) -> dict[str, A
         "key": item[1],
         "failure": failure and {"stage": failure.stage, "reason": failure.reason},
     }
-
-
-def _lost(item: Item) -> dict[str, Any]:
-    reason = "its worker died each time it was tried, more often than `resources.retries` allows"
-    return {"kind": item[0], "key": item[1], "failure": {"stage": item[0], "reason": reason}}

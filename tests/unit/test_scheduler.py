@@ -1,0 +1,533 @@
+"""What runs next, without a cluster: the queue that Tune asks and the table that lanes ask."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.search import Searcher
+
+from nerf.training import Recipe
+from orchestrator.plan import Calibration, CalibrationSet, Plan, Training, Trial, TrialConfig
+from orchestrator.results import Failure
+from orchestrator.scheduler.dispatch import Order, WorkTable
+from orchestrator.scheduler.queue import LANE, Item, Node, PlanQueue, item_of
+from tests.unit.sweep_builder import sweep
+
+SWEEP = sweep()
+OOPS = {"stage": "evaluate", "reason": "oops"}
+
+
+def training(key: str, trained: bool = False, evaluated: bool = False) -> Training:
+    return Training(key, f"{key}-dense", Recipe(iterations=5), 0, trained, evaluated)
+
+
+def calibration(model: str, cached: bool = False, seed: int = 0, sets: int = 1) -> Calibration:
+    keys = {CalibrationSet(i + 1, 8, seed): f"{model}-s{seed}-{i}" for i in range(sets)}
+    return Calibration(model, seed, keys, cached)
+
+
+def trial(key: str, model: str, statistics: str | None = None, cached: bool = False) -> Trial:
+    config = TrialConfig("both", "random", 0.5, "uniform", (0.5,) * 3, None, 0)
+    return Trial(key, model, statistics, config, cached)
+
+
+def plan(*nodes: Node) -> Plan:
+    def of(kind: type) -> tuple[Any, ...]:
+        return tuple(node for node in nodes if isinstance(node, kind))
+
+    return Plan(SWEEP, "scene", of(Training), of(Calibration), of(Trial), len(of(Trial)))
+
+
+@dataclass
+class FakeDispatch:
+    """Remembers what it was offered."""
+
+    offered: list[tuple[str, Item]] = field(default_factory=list)
+    lost: tuple[Item, ...] = ()
+    dropped: list[str] = field(default_factory=list)
+
+    def offer(self, work: Iterable[tuple[str, Item]]) -> None:
+        self.offered += work
+
+    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+        self.dropped.append(lane)
+        return self.lost
+
+    @property
+    def keys(self) -> list[str]:
+        return [item[1] for _, item in self.offered]
+
+
+class Bench:
+    """A queue with everything it says."""
+
+    def __init__(self, made: Plan, lanes: int = 2, dispatch: Any = None) -> None:
+        self.ends: list[tuple[Item, Failure | None]] = []
+        self.progress: list[tuple[str, dict[str, Any]]] = []
+        self.queue = PlanQueue(
+            made,
+            lambda node, report: self.progress.append((node.key, report)),
+            lambda node, failure: self.ends.append((item_of(node), failure)),
+        )
+        self.dispatch = FakeDispatch() if dispatch is None else dispatch
+        self.queue.connect(self.dispatch, lanes)
+        self.count = 0
+
+    def suggest(self) -> Any:
+        self.count += 1
+        return self.queue.suggest(f"t{self.count}")
+
+    def end(self, tune_id: str, *ended: tuple[str, str, Any]) -> None:
+        self.queue.on_trial_complete(tune_id, {"ended": [report(*e) for e in ended]})
+
+    @property
+    def ended(self) -> dict[str, Failure | None]:
+        return {key: failure for (_, key), failure in self.ends}
+
+
+def report(kind: str, key: str, failure: Any = None) -> dict[str, Any]:
+    return {"kind": kind, "key": key, "failure": failure}
+
+
+# --- the queue ---------------------------------------------------------------------------------
+
+
+def test_trainings_come_first() -> None:
+    bench = Bench(plan(training("a"), training("b"), trial("x", "a"), trial("y", "b")))
+    assert bench.suggest() == {"kind": "train", "key": "a"}
+    assert bench.suggest() == {"kind": "train", "key": "b"}
+    assert bench.suggest() is None  # everything left waits for a model
+    assert bench.dispatch.offered == []
+
+
+def test_prunings_start_when_their_model_is_ready_while_others_still_train() -> None:
+    bench = Bench(plan(training("a"), training("b"), trial("x", "a"), trial("y", "b")))
+    bench.suggest(), bench.suggest()
+    bench.end("t1", ("train", "a", None))
+    assert bench.dispatch.offered == [("a", ("prune", "x"))]
+    assert bench.suggest() == {"kind": LANE, "key": "t3"}
+    assert bench.suggest() is None  # one lane is enough for one pruning
+
+
+def test_prunings_of_a_model_that_is_there_start_at_once() -> None:
+    bench = Bench(plan(training("a", trained=True), trial("x", "a")))
+    assert bench.dispatch.keys == ["x"]
+    assert bench.suggest() == {"kind": "train", "key": "a"}  # its evaluation is missing
+
+
+def test_prunings_that_need_statistics_wait_for_them() -> None:
+    bench = Bench(
+        plan(
+            training("a"),
+            calibration("a", sets=2),
+            trial("x", "a", "a-s0-0"),
+            trial("y", "a", "a-s0-1"),
+            trial("z", "a"),
+        )
+    )
+    bench.suggest()
+    bench.end("t1", ("train", "a", None))
+    assert bench.dispatch.keys == ["a-0", "z"]
+    bench.suggest()
+    bench.queue.on_trial_result("t2", {"ended": [report("calibrate", "a-0")]})
+    assert bench.dispatch.keys == ["a-0", "z", "x", "y"]
+
+
+def test_statistics_that_are_there_are_not_waited_for() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, calibration("a", cached=True), trial("x", "a", "a-s0-0")))
+    assert bench.dispatch.keys == ["x"]
+
+
+def test_statistics_that_no_missing_trial_needs_are_not_collected() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, calibration("a"), trial("x", "a", "a-s0-0", cached=True)))
+    assert bench.queue.total == 0
+    assert bench.suggest() == Searcher.FINISHED
+
+
+def test_nothing_missing_is_finished_at_once() -> None:
+    done = training("a", trained=True, evaluated=True)
+    assert Bench(plan(done, trial("x", "a", cached=True))).suggest() == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("where", ["result", "complete", "both"])
+def test_ends_are_heard_once_however_they_are_reported(where: str) -> None:
+    bench = Bench(plan(training("a")))
+    bench.suggest()
+    ended = {"ended": [report("train", "a")]}
+    if where != "complete":
+        bench.queue.on_trial_result("t1", ended)
+    bench.queue.on_trial_complete("t1", ended if where != "result" else None)
+    assert bench.ends == [(("train", "a"), None)]
+    assert bench.suggest() == Searcher.FINISHED
+    bench.queue.on_trial_complete("t1", ended)
+    assert len(bench.ends) == 1
+
+
+def test_progress_is_passed_on() -> None:
+    bench = Bench(plan(training("a")))
+    bench.suggest()
+    bench.queue.on_trial_result("t1", {"iteration": 3})
+    bench.queue.on_trial_result("unknown", {"iteration": 4})
+    assert bench.progress == [("a", {"iteration": 3})]
+
+
+def test_a_failed_training_fails_all_that_needs_it_with_its_reason() -> None:
+    bench = Bench(
+        plan(
+            training("a"),
+            training("b"),
+            calibration("a"),
+            trial("x", "a", "a-s0-0"),
+            trial("y", "a"),
+            trial("z", "b"),
+        )
+    )
+    bench.suggest(), bench.suggest()
+    bench.end("t1", ("train", "a", OOPS))
+    assert set(bench.ended) == {"a", "a-0", "x", "y"}
+    assert bench.ended["a"] == Failure("evaluate", "oops")
+    for key in ("a-0", "y"):
+        failure = bench.ended[key]
+        assert failure == Failure("evaluate", "it needs train a, which failed: oops")
+    assert "calibrate a-0, which failed: it needs train a" in str(bench.ended["x"])
+    assert bench.queue.total == 2  # the other model goes on
+    assert bench.dispatch.offered == []
+
+
+def test_a_failed_calibration_fails_the_prunings_that_need_it_only() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, calibration("a"), trial("x", "a", "a-s0-0"), trial("y", "a")))
+    bench.suggest()
+    bench.queue.on_trial_result("t1", {"ended": [report("calibrate", "a-0", OOPS)]})
+    assert bench.ended == {
+        "a-0": Failure("evaluate", "oops"),
+        "x": Failure("evaluate", "it needs calibrate a-0, which failed: oops"),
+    }
+
+
+@pytest.mark.parametrize(("lanes", "work"), [(1, 5), (3, 5), (8, 5), (3, 1)])
+def test_lanes_exceed_neither_capacity_nor_ready_work(lanes: int, work: int) -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, *(trial(f"x{i}", "a") for i in range(work))), lanes)
+    got = [bench.suggest() for _ in range(lanes + work)]
+    assert sum(g is not None for g in got) == min(lanes, work)
+    assert all(g is None or g["kind"] == LANE for g in got)
+
+
+def test_a_lane_that_ends_makes_room_for_another() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, trial("x", "a"), trial("y", "a")), lanes=1)
+    assert bench.suggest()["kind"] == LANE
+    assert bench.suggest() is None
+    bench.end("t1", ("prune", "x", None))
+    assert bench.suggest()["kind"] == LANE
+    bench.end("t3", ("prune", "y", None))
+    assert bench.suggest() == Searcher.FINISHED
+
+
+def test_a_lane_that_dies_gives_its_work_back_and_another_takes_its_place() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, trial("x", "a")), lanes=1)
+    bench.suggest()
+    bench.queue.on_trial_complete("t1", error=True)
+    assert bench.dispatch.dropped == ["t1"]
+    assert bench.ends == []
+    assert bench.suggest() == {"kind": LANE, "key": "t2"}
+
+
+def test_what_a_dead_lane_lost_is_a_failure() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, trial("x", "a"), trial("y", "a")), lanes=1)
+    bench.dispatch.lost = (("prune", "x"),)
+    bench.suggest()
+    bench.queue.on_trial_complete("t1", error=True)
+    ((item, failure),) = bench.ends
+    assert item == ("prune", "x")
+    assert failure is not None
+    assert "resources.retries" in failure.reason
+
+
+def test_a_training_whose_worker_keeps_dying_is_a_failure() -> None:
+    bench = Bench(plan(training("a"), trial("x", "a")))
+    bench.suggest()
+    bench.queue.on_trial_complete("t1", error=True)
+    assert "resources.retries" in str(bench.ended["a"])
+    assert "it needs train a" in str(bench.ended["x"])
+    assert bench.suggest() == Searcher.FINISHED
+
+
+def test_workers_that_die_one_after_another_end_the_sweep() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, trial("x", "a"), trial("y", "a")), lanes=1)
+    for died in range(1, 20):
+        if bench.suggest() == Searcher.FINISHED:
+            break
+        bench.queue.on_trial_complete(f"t{died}", error=True)
+    assert died < 10
+    assert {failure.stage for failure in bench.ended.values() if failure} == {"start"}
+    assert set(bench.ended) == {"x", "y"}
+
+
+def test_deaths_between_successes_do_not_end_the_sweep() -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, *(trial(f"x{i}", "a") for i in range(30))), lanes=1)
+    for i in range(30):
+        lane = bench.suggest()["key"]
+        bench.queue.on_trial_result(lane, {"ended": [report("prune", f"x{i}")]})
+        bench.queue.on_trial_complete(lane, error=True)
+    assert bench.suggest() == Searcher.FINISHED
+    assert list(bench.ended.values()) == [None] * 30
+
+
+# --- the work table ----------------------------------------------------------------------------
+
+
+def work(*pairs: str) -> list[tuple[str, Item]]:
+    """``"a1"`` stands for item 1 on model a."""
+    return [(pair[0], ("prune", pair)) for pair in pairs]
+
+
+def taken(order: Order) -> str | None:
+    return None if order.item is None else order.item[1]
+
+
+def test_lanes_get_work_on_the_model_they_have_loaded() -> None:
+    table = WorkTable(retries=1)
+    table.offer(work("a1", "b1", "a2", "b2"))
+    assert taken(table.next("l", "b")) == "b1"
+    assert taken(table.next("l", "b")) == "b2"
+    assert taken(table.next("l", "b")) == "a1"  # nothing of b is left
+    assert taken(table.next("m", None)) == "a2"
+    assert table.next("l", "a") == Order(None)
+    assert table.next("m", "a") == Order(None)
+
+
+def test_no_item_is_handed_out_twice() -> None:
+    table = WorkTable(retries=1)
+    table.offer(work("a1", "a2", "a3"))
+    got = [taken(table.next(lane, "a")) for lane in ("l", "m", "n", "o")]
+    assert got == ["a1", "a2", "a3", None]
+
+
+def test_a_lane_that_died_takes_up_what_it_held() -> None:
+    table = WorkTable(retries=2)
+    assert table.resume("l") == Order(None)
+    table.offer(work("a1"))
+    table.next("l", None)
+    assert taken(table.resume("l")) == "a1"
+    assert table.next("l", None) == Order(None)
+    assert table.resume("l") == Order(None)
+    assert taken(table.next("l", None)) == "a1"  # it had ended, but nobody has heard how
+    assert table.next("l", None, reported=True) == Order(None)
+    assert table.resume("l") == Order(None)
+    assert table.next("l", None) == Order(None)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_what_kills_its_worker_is_retried_so_often_and_then_lost(retries: int) -> None:
+    table = WorkTable(retries)
+    table.offer(work("a1", "a2"))
+    table.next("l", None)
+    for _ in range(retries):
+        assert taken(table.resume("l")) == "a1"
+    order = table.resume("l")
+    assert order == Order(None, lost=(("prune", "a1"),))
+    assert taken(table.next("l", None)) == "a2"
+    # It dies again before it could tell that a1 is lost.
+    assert table.resume("l").lost[0] == ("prune", "a1")
+    table.next("l", None, reported=True)
+    assert table.resume("l").lost == ()
+
+
+def test_what_ended_unreported_is_handed_out_again_and_not_held_against_it() -> None:
+    table = WorkTable(retries=0)
+    table.offer(work("a1", "a2", "a3"))
+    table.next("l", None)
+    table.next("l", None, reported=True)  # a1 is told
+    table.next("l", None)  # a2 is not
+    assert table.resume("l") == Order(None, lost=(("prune", "a3"),))
+    assert taken(table.next("l", None)) == "a2"
+    assert table.drop_lane("l") == (("prune", "a3"), ("prune", "a2"))
+
+
+def test_a_dropped_lane_gives_its_work_to_another() -> None:
+    table = WorkTable(retries=1)
+    table.offer(work("a1", "a2"))
+    table.next("l", None)
+    table.next("l", None)
+    assert table.drop_lane("l") == ()
+    assert {taken(table.next("m", None)), taken(table.next("n", None))} == {"a1", "a2"}
+    assert table.drop_lane("never seen") == ()
+
+
+def test_a_dropped_lane_gives_up_what_has_been_tried_too_often() -> None:
+    table = WorkTable(retries=0)
+    table.offer(work("a1"))
+    table.next("l", None)
+    assert table.drop_lane("l") == (("prune", "a1"),)
+    assert table.next("m", None) == Order(None)
+
+
+# --- both together, whatever happens -------------------------------------------------------------
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    nodes: list[Node] = []
+    for model in draw(st.lists(st.sampled_from("abc"), unique=True, min_size=1)):
+        trained = draw(st.booleans())
+        nodes.append(training(model, trained, trained and draw(st.booleans())))
+        known = [None]
+        for seed in range(draw(st.integers(0, 2))):
+            made = calibration(
+                model, trained and draw(st.booleans()), seed, draw(st.integers(1, 2))
+            )
+            nodes.append(made)
+            known += made.sets.values()
+        for i in range(draw(st.integers(0, 5))):
+            statistics = draw(st.sampled_from(known))
+            nodes.append(trial(f"{model}{i}", model, statistics, trained and draw(st.booleans())))
+    return plan(*nodes)
+
+
+@dataclass
+class Worker:
+    """What Tune and one of its actors would do with one suggestion."""
+
+    kind: str
+    key: str
+    deaths: int = 0
+    item: Item | None = None
+    unreported: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Simulation:
+    """Tune, its workers and the dispatcher, in an order that a random number generator chooses."""
+
+    def __init__(self, made: Plan, lanes: int, retries: int, deadly: float, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.retries, self.lanes, self.deadly = retries, lanes, deadly
+        self.table = WorkTable(retries)
+        self.bench = Bench(made, lanes, self.table)
+        self.expected = set(self.bench.queue._open)
+        self.needs = self._needs(made)
+        self.workers: dict[str, Worker] = {}
+        self.outcome = {item: self.random.random() < 0.2 for item in self.expected}
+        self.began: Counter[Item] = Counter()
+
+    def _needs(self, made: Plan) -> dict[Item, set[Item]]:
+        by_key = {key: item_of(c) for c in made.calibrations for key in c.sets.values()}
+        by_key |= {t.key: item_of(t) for t in made.trainings}
+        needs: dict[Item, set[Item]] = {}
+        for node in (*made.calibrations, *made.trials):
+            untrained = {t.key for t in made.trainings if not t.trained}
+            keys = {node.training} & untrained
+            if isinstance(node, Trial) and node.statistics is not None:
+                keys.add(node.statistics)
+            needs[item_of(node)] = {by_key[key] for key in keys} & self.expected
+        return needs
+
+    def run(self) -> None:
+        for _ in range(20_000):
+            if not self.workers or self.random.random() < 0.3:
+                suggestion = self.bench.suggest()
+                if suggestion == Searcher.FINISHED and not self.workers:
+                    return
+                if isinstance(suggestion, dict):
+                    self.start(f"t{self.bench.count}", Worker(**suggestion))
+                else:
+                    assert self.workers, "told to wait for nothing"
+            if self.workers:
+                self.advance(self.random.choice(list(self.workers)))
+        pytest.fail("it never ends")
+
+    def start(self, tune_id: str, worker: Worker) -> None:
+        self.workers[tune_id] = worker
+        lanes = sum(w.kind == LANE for w in self.workers.values())
+        assert lanes <= self.lanes
+        if worker.kind == LANE:
+            self.take_up(worker, self.table.resume(worker.key))
+        else:
+            self.begin((worker.kind, worker.key))
+
+    def begin(self, item: Item) -> None:
+        self.began[item] += 1
+        done = {i for i, failure in self.bench.ends if failure is None}
+        assert self.needs.get(item, set()) <= done, "begun before what it needs"
+
+    def take_up(self, worker: Worker, order: Order) -> None:
+        worker.item = order.item
+        worker.unreported += [report(*item, OOPS) for item in order.lost]
+        if order.item is not None:
+            self.begin(order.item)
+
+    def advance(self, tune_id: str) -> None:
+        worker = self.workers[tune_id]
+        if self.random.random() < self.deadly:
+            self.die(tune_id, worker)
+        elif worker.kind == LANE:
+            self.advance_lane(tune_id, worker)
+        else:
+            item = (worker.kind, worker.key)
+            failure = OOPS if self.outcome[item] else None
+            self.complete(tune_id, [report(*item, failure)])
+
+    def advance_lane(self, tune_id: str, worker: Worker) -> None:
+        if worker.item is not None:
+            failed = self.outcome.get(worker.item, False)
+            worker.unreported.append(report(*worker.item, OOPS if failed else None))
+        told = self.random.random() < 0.5
+        if told:
+            self.bench.queue.on_trial_result(tune_id, {"ended": worker.unreported})
+            worker.unreported = []
+        self.take_up(worker, self.table.next(worker.key, None, told))
+        if worker.item is None:
+            self.complete(tune_id, worker.unreported)
+
+    def complete(self, tune_id: str, ended: list[dict[str, Any]]) -> None:
+        del self.workers[tune_id]
+        if self.random.random() < 0.5:
+            self.bench.queue.on_trial_result(tune_id, {"ended": ended})
+        self.bench.queue.on_trial_complete(tune_id, {"ended": ended})
+
+    def die(self, tune_id: str, worker: Worker) -> None:
+        worker.deaths += 1
+        if worker.deaths > self.retries:
+            del self.workers[tune_id]
+            self.bench.queue.on_trial_complete(tune_id, error=True)
+        elif worker.kind == LANE:
+            worker.unreported = []
+            self.take_up(worker, self.table.resume(worker.key))
+
+
+@settings(max_examples=300)
+@given(
+    made=plans(),
+    lanes=st.integers(1, 4),
+    retries=st.integers(0, 2),
+    deadly=st.sampled_from([0.0, 0.05, 0.3]),
+    seed=st.integers(0, 2**32),
+)
+def test_whatever_happens_every_node_ends_exactly_once(
+    made: Plan, lanes: int, retries: int, deadly: float, seed: int
+) -> None:
+    simulation = Simulation(made, lanes, retries, deadly, seed)
+    simulation.run()
+    ends = Counter(item for item, _ in simulation.bench.ends)
+    assert set(ends) == simulation.expected
+    assert set(ends.values()) <= {1}
+    if deadly == 0.0:
+        assert set(simulation.began.values()) <= {1}
+        ended = dict(simulation.bench.ends)
+        for item, failure in ended.items():
+            fails = simulation.outcome[item] or any(
+                ended[n] is not None for n in simulation.needs.get(item, ())
+            )
+            assert (failure is not None) == fails
