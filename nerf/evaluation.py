@@ -17,6 +17,7 @@ from torch import Tensor
 from nerf.cameras import Rays, view_rays
 from nerf.devices import Precision, arithmetic
 from nerf.field import NerfModel
+from nerf.files import replacing
 from nerf.metrics import mse, psnr, ssim
 from nerf.rendering import RenderSettings, render_colors
 from nerf.scenes.scene import Scene
@@ -149,10 +150,15 @@ class HeldOut:
 
 
 def write_picture(path: Path, picture: Float[Tensor, "height width 3"]) -> None:
-    """Write a picture in [0, 1] as an 8-bit PNG."""
+    """Write a picture in [0, 1] as an 8-bit PNG, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     pixels = (picture.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, pixels, extension=".png")
+    data = iio.imwrite("<bytes>", pixels, extension=".png")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def error_map(
@@ -170,19 +176,23 @@ def error_map(
 def write_video(
     path: Path, frames: list[Float[np.ndarray, "height width 3"]], frames_per_second: int
 ) -> None:
-    """Write frames in [0, 1] as an mp4 (H.264).
+    """Write frames in [0, 1] as an mp4 (H.264), whole or not at all.
 
     H.264 needs even sides: an odd one gets its last row or column twice.
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     stacked = np.stack([(f.clip(0.0, 1.0) * 255.0).round().astype(np.uint8) for f in frames])
     _, height, width, _ = stacked.shape
     stacked = np.pad(stacked, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(
-        path,
+    data = iio.imwrite(
+        "<bytes>",
         stacked,
         extension=".mp4",
         fps=frames_per_second,
         codec="libx264",
         macro_block_size=1,
     )
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone (``prunefield … | head``): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _complain(str(error), EXIT_FAILED)
 
 
 def _complain(message: str, status: int) -> int:

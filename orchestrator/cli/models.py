@@ -3,9 +3,13 @@
 import argparse
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError
+
+MIN_COARSE = 2  # samples: fewer have no intervals between them
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -53,6 +57,7 @@ def prune(options: argparse.Namespace) -> int:
     model, scene, info = _open(options)
     n_layers = len(model.fine.shape.trunk)
     ratios = allocate(options.schedule, n_layers, options.ratio)
+    _check_output(options.output)
     statistics = None
     if moments:
         views = options.calibration_views or len(scene.train)
@@ -124,6 +129,7 @@ def render(options: argparse.Namespace) -> int:
         raise OrchestratorError(
             f"--view {options.view}: the scene has views 0 to {len(scene.poses) - 1}"
         )
+    _check_output(options.output)
     pictures = []
     for number, pose in enumerate(poses, 1):
         with arithmetic(options.precision, model.device):
@@ -131,13 +137,10 @@ def render(options: argparse.Namespace) -> int:
         pictures.append(picture.cpu())
         if options.spiral:
             _show_progress(f"frame {number}/{len(poses)}", last=number == len(poses))
-    try:
-        if options.spiral:
-            write_video(options.output, [p.numpy() for p in pictures], options.fps)
-        else:
-            write_picture(options.output, pictures[0])
-    except OSError as error:
-        raise OrchestratorError(f"cannot write {options.output}: {error}") from error
+    if options.spiral:
+        write_video(options.output, [p.numpy() for p in pictures], options.fps)
+    else:
+        write_picture(options.output, pictures[0])
     print(options.output)
     return 0
 
@@ -168,19 +171,47 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     from nerf.scenes import SceneSettings, load_scene
 
     device = resolve_device(options.device)
+    if options.samples and options.samples[0] < MIN_COARSE:
+        raise OrchestratorError(
+            f"--samples {options.samples[0]} {options.samples[1]}: the coarse pass needs at least "
+            f"{MIN_COARSE} samples a ray"
+        )
     samples = SampleCounts(*options.samples) if options.samples else None
     model, info = load_model(options.checkpoint, samples)
     said = info.get("scene")
     seen = said if isinstance(said, dict) else {}
+
+    def recorded(name: str) -> int | None:
+        value = seen.get(name)
+        return value if type(value) is int else None
+
+    ndc = seen.get("ndc")
     scene = load_scene(
         SceneSettings(
             path=options.scene,
-            factor=options.factor or seen.get("factor"),
-            holdout=options.holdout or seen.get("holdout") or 8,
-            ndc=seen.get("ndc") if options.ndc is None else options.ndc,
+            factor=options.factor or recorded("factor"),
+            holdout=options.holdout or recorded("holdout") or 8,
+            ndc=ndc if options.ndc is None and isinstance(ndc, bool) else options.ndc,
         )
     )
     return model.to(device), scene, info
+
+
+def _check_output(path: Path) -> None:
+    """Whether a file can be written, before the work whose result it is to hold.
+
+    Raises:
+        OrchestratorError: it cannot.
+    """
+    problem = "it is a folder" if path.is_dir() else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise OrchestratorError(f"cannot write {path}: {problem}; give another file with -o")
 
 
 def _show_progress(text: str, last: bool) -> None:

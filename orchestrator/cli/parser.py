@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.cli import models, sweeps
 from orchestrator.provenance import package_version
 
+LARGEST = 2**31 - 1
 Command = Callable[[argparse.Namespace], int | None]
 
 
@@ -125,7 +126,7 @@ def _model_commands(command: Callable[..., Any]) -> None:
     prune.add_argument(
         "--calibration-rays", type=_count, default=1024, metavar="N", help="rays a view (1024)"
     )
-    prune.add_argument("--seed", type=int, default=0, help="of the calibration set (0)")
+    prune.add_argument("--seed", type=_seed, default=0, help="of the calibration set (0)")
     prune.add_argument("-o", "--output", type=Path, required=True, help="model file to write")
     prune.add_argument("--json", action="store_true", help="as JSON")
 
@@ -168,7 +169,7 @@ def _add_model(parser: Any) -> None:
     parser.add_argument(
         "--factor", type=_count, help="downsampling of the photos (that of the checkpoint)"
     )
-    parser.add_argument("--holdout", type=_count, help="every n-th view is held out (8)")
+    parser.add_argument("--holdout", type=_holdout, help="every n-th view is held out (8)")
     parser.add_argument(
         "--ndc", action=argparse.BooleanOptionalAction, default=None, help="NDC rays"
     )
@@ -185,14 +186,26 @@ def _add_model(parser: Any) -> None:
     )
 
 
-def _count(text: str) -> int:
+def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        value = least - 1
+    if not least <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
     return value
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _holdout(text: str) -> int:
+    return _whole(text, 2)
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0)
 
 
 def _ratio(text: str) -> float:
