@@ -4,13 +4,15 @@ The same scene, shape, recipe and seed give the same run, interrupted or not: wh
 sees follows from the seed and its number, and the state that is saved holds the random generator.
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nerf.cameras import Rays, view_rays
@@ -18,9 +20,16 @@ from nerf.devices import PRECISIONS, Precision, arithmetic
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.files import read_tensors, write_tensors
+from nerf.graphs import StepGraph
 from nerf.metrics import psnr
 from nerf.rendering import RenderSettings, render_rays
 from nerf.scenes.scene import Scene
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "eager"]
+# Steps that run eagerly before one is captured: libraries load and memory pools fill meanwhile.
+STEPS_BEFORE_CAPTURE = 5
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,18 @@ class RayPool:
 
     def batch(self, seed: int, iteration: int, size: int) -> tuple[Rays, Float[Tensor, "rays 3"]]:
         """The rays and colours of one iteration."""
+        picked = self.pick(seed, iteration, size)
+        return self.rays[picked], self.colors[picked]
+
+    def pick(self, seed: int, iteration: int, size: int) -> Int[Tensor, " rays"]:
+        """The numbers of the rays of one iteration."""
         size = min(size, len(self))
         epoch, place = divmod(iteration, len(self) // size)
         if self._order is None or self._order[0] != (seed, epoch):
             generator = torch.Generator().manual_seed(_mix(seed, epoch))
             order = torch.randperm(len(self), generator=generator)
             self._order = ((seed, epoch), order.to(self.colors.device))
-        picked = self._order[1][place * size : (place + 1) * size]
-        return self.rays[picked], self.colors[picked]
+        return self._order[1][place * size : (place + 1) * size]
 
 
 def _mix(seed: int, number: int) -> int:
@@ -128,11 +141,13 @@ class Trainer:
         recipe: Recipe,
         seed: int,
         device: torch.device | None = None,
+        backend: Backend = "auto",
     ) -> None:
         self.recipe = recipe
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.settings = RenderSettings(scene.near, scene.far, scene.white_background)
+        self._on_gpu = self.device.type == "cuda"
         self.model = NerfModel.create(shape, samples, seed).to(self.device)
         self.pool = RayPool(scene, self.device)
         self.iteration = 0
@@ -143,11 +158,17 @@ class Trainer:
         ]
         self._optimizer = torch.optim.Adam(
             [parameter for _, parameter in self._parameters],
-            lr=recipe.learning_rate,
+            # In a tensor of the device, a captured step reads it anew each time.
+            lr=torch.tensor(recipe.learning_rate, device=self.device)
+            if self._on_gpu
+            else recipe.learning_rate,
             betas=(0.9, 0.999),
             eps=1e-8,
             fused=True,
+            capturable=self._on_gpu,
         )
+        self._may_capture = self._on_gpu and backend == "auto"
+        self._reset_capture()
         self._generator = torch.Generator(self.device).manual_seed(_mix(seed, 2**31))
 
     @property
@@ -162,9 +183,36 @@ class Trainer:
 
     def step(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """One iteration; gives the coarse and the fine MSE without waiting for the device."""
-        rays, colors = self.pool.batch(self.seed, self.iteration, self.recipe.rays)
+        picked = self.pool.pick(self.seed, self.iteration, self.recipe.rays)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            if self._on_gpu:
+                group["lr"].fill_(self.learning_rate())
+            else:
+                group["lr"] = self.learning_rate()
+        if self._eager_steps_left == 0:
+            self._capture(picked)
+        self._eager_steps_left -= 1
+        losses = self._update(picked) if self._graph is None else self._graph(picked)
+        self.iteration += 1
+        return losses
+
+    def _reset_capture(self) -> None:
+        self._graph: StepGraph | None = None
+        self._eager_steps_left = STEPS_BEFORE_CAPTURE if self._may_capture else -1
+
+    def _capture(self, picked: Int[Tensor, " rays"]) -> None:
+        torch.cuda.synchronize(self.device)
+        random_state = self._generator.get_state()
+        try:
+            self._graph = StepGraph(self._update, picked, self._generator)
+        except RuntimeError as error:
+            # A failed capture leaves its generator unusable.
+            self._generator = torch.Generator(self.device)
+            self._generator.set_state(random_state)
+            log.warning("training without a CUDA graph, which is slower: %s", error)
+
+    def _update(self, picked: Int[Tensor, " rays"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        rays, colors = self.pool.rays[picked], self.pool.colors[picked]
         coarse, fine = render_rays(
             self.model, rays, self.settings, self._generator, self.recipe.density_noise
         )
@@ -173,7 +221,6 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         (coarse_mse + fine_mse).backward()
         self._optimizer.step()
-        self.iteration += 1
         return coarse_mse.detach(), fine_mse.detach()
 
     def advance(self, iterations: int) -> Progress:
@@ -182,6 +229,8 @@ class Trainer:
         Raises:
             TrainingError: the loss became NaN or infinite.
         """
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         count = min(iterations, self.recipe.iterations - self.iteration)
         coarse_sum = torch.zeros((), device=self.device)
@@ -258,4 +307,5 @@ class Trainer:
                 }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._reset_capture()
         self.iteration = iteration

@@ -5,11 +5,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-from nerf.devices import describe_device
+from nerf.devices import describe_device, resolve_device
 from orchestrator.errors import SweepError
-from orchestrator.pareto import front_of, hypervolume_of, reference_point
+from orchestrator.pareto import Reference, default_reference
 from orchestrator.plan import Plan, make_plan
 from orchestrator.progress import Progress
 from orchestrator.provenance import Origin
@@ -28,12 +26,13 @@ class Finished:
 
     Attributes:
         results: every record of the sweep.
+        data: the same, as the report shows it.
         report: where the report is.
         outcome: failures and interruptions of this run.
-        seconds: wall time.
     """
 
     results: "Results"
+    data: ReportData
     report: ReportFiles
     outcome: Outcome
 
@@ -57,10 +56,11 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
         log_known(plan, store, tracking)
         outcome = execute(plan, store, origin, [show, TrackingListener(tracking)])
         results = collect(plan, store)
-        report = write_report(report_data(results, store), report_folder(sweep, store))
-        log_front(results, tracking)
-        tracking.report(report.folder)
-    return Finished(results, report, outcome)
+        data = report_data(results, store)
+        report = write_report(data, report_folder(sweep, store))
+        tracking.front(data.front_keys, {"hypervolume": data.hypervolume or 0.0})
+        tracking.report(report.html.parent)
+    return Finished(results, data, report, outcome)
 
 
 # --- the steps -------------------------------------------------------------------------------
@@ -145,3 +145,42 @@ def log_known(plan: Plan, store: Store, tracking: TrackingLogger) -> None:
     known = collect(plan, store)
     for record in (*known.trainings, *known.trials):
         tracking.record(record)
+
+
+def sweep_info(plan: Plan, origin: Origin) -> SweepInfo:
+    """What the sweep's run in MLflow says about it."""
+    sweep = plan.sweep
+    counts = plan.summary()
+    return SweepInfo(
+        name=sweep.name,
+        hash=sweep.hash,
+        yaml=sweep.text,
+        commit=origin.commit,
+        hardware=describe_device(resolve_device("auto")),
+        seed=sweep.train_seeds[0],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        planned={what: counts[what]["total"] for what in ("trainings", "calibrations", "trials")},
+    )
+
+
+def report_data(results: Results, store: Store) -> ReportData:
+    """What the report of a sweep shows."""
+    sweep = results.plan.sweep
+    largest = default_reference(results.trainings)
+    return ReportData(
+        name=sweep.name,
+        hash=sweep.hash,
+        dense=(*results.trainings, *(r for r in results.failed if r.kind == "training")),
+        trials=(*results.trials, *(r for r in results.failed if r.kind == "trial")),
+        store=store,
+        reference=largest and Reference(largest.size_bytes, sweep.report.reference_psnr),
+        ratios=sweep.report.ratios,
+        description=sweep.description,
+        commit=Origin.here().commit,
+        seed=sweep.train_seeds[0],
+    )
+
+
+def report_folder(sweep: Sweep, store: Store) -> Path:
+    """Where the report of a sweep goes by default."""
+    return store.root / "sweeps" / f"{sweep.name}-{sweep.hash}" / "report"

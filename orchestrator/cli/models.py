@@ -74,7 +74,7 @@ def prune(options: argparse.Namespace) -> int:
         "seed": options.seed,
     }
     size = save_model(options.output, small, {**info, "pruning": config})
-    networks = {
+    networks: dict[str, dict[str, Any]] = {
         name: {
             "nonzero_bytes": BYTES_PER_PARAMETER * of.nonzero_parameters,
             "params": of.network.parameters(),

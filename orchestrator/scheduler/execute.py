@@ -1,5 +1,6 @@
 """Run a plan on Ray Tune."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from ray import tune
 
 from orchestrator.errors import StoreError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, Plan, Training, Trial
+from orchestrator.plan import Calibration, Plan, Training
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Provenance, Record
 from orchestrator.scheduler.cluster import capacity, connected, requests
@@ -41,7 +42,7 @@ class Listener(Protocol):
     def started(self, total: int) -> None:
         """So many nodes are about to run."""
 
-    def ended(self, kind: str, record: Record | None) -> None:
+    def ended(self, record: Record | None) -> None:
         """A node ended; calibrations that succeed leave no record."""
 
 
@@ -88,7 +89,7 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
         elif record is not None:
             store.clear_failure(record.key)
         for listener in audience:
-            listener.ended(KIND[type(node)], record)
+            listener.ended(record)
 
     queue = PlanQueue(plan, on_progress, on_end)
     for listener in audience:
@@ -102,9 +103,8 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
 
 def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
     wanted = requests(plan.sweep.resources)
-    nodes: dict[Item, Node] = {
-        item_of(node): node for node in (*plan.trainings, *plan.calibrations, *plan.trials)
-    }
+    everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
+    nodes: dict[Item, Node] = {item_of(node): node for node in everything}
     exchange, dispatcher = Exchange(), Dispatcher(plan.sweep.resources.retries)
     lanes = capacity(wanted[LANE])
     queue.connect(dispatcher, lanes)
@@ -122,8 +122,12 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
     )
     scratch = tempfile.mkdtemp(prefix="tune.", dir=store.root / "tmp")
     try:
+        # So many may start at once: otherwise lanes would start one after another.
         pending = str(lanes + len(plan.trainings))
-        with _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}):
+        with (
+            _quiet("ray.tune"),
+            _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}),
+        ):
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(search_alg=queue, num_samples=-1, reuse_actors=True),
@@ -154,18 +158,29 @@ def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin
     logger.warning("%s %s failed in %s: %s", stage, node.key, failure.stage, failure.reason)
     if isinstance(node, Calibration):
         return None  # the trials that needed it are recorded as failed
-    is_training = isinstance(node, Training)
     return Record(
-        kind="training" if is_training else "trial",
-        key=node.result if is_training else node.key,
-        training=node.key if is_training else node.training,
-        config=node.config if is_training else node.config.flat(),
+        kind="training" if isinstance(node, Training) else "trial",
+        key=node.result if isinstance(node, Training) else node.key,
+        training=node.key if isinstance(node, Training) else node.training,
+        config=node.config if isinstance(node, Training) else node.config.flat(),
         metrics={},
         views=(),
         widths={},
         provenance=Provenance(origin.commit, "", "", origin.versions, "", {}),
         failure=failure,
     )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors of a logger: Tune warns about the log files that we told it not to write."""
+    noisy = logging.getLogger(name)
+    before = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Dispatch(Protocol):
         """Take back what a dead lane held."""
 
 
-class PlanQueue(Searcher):
+class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
     """Hands out the nodes of a plan that the store does not hold yet.
 
     Args:
@@ -177,6 +177,13 @@ class PlanQueue(Searcher):
                     reason = f"it needs {KIND[type(node)]} {node.key}, which failed: "
                     self._close(dependent, Failure(failure.stage, reason + failure.reason))
         self._offer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Tune pickles its searcher for a restore that never comes, see `save`."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PlanQueue":
+        return self
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the store is the truth, a plan made anew knows what is missing."""

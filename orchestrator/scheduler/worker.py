@@ -1,7 +1,7 @@
 """One actor that runs stages: Tune's trainable. It is reused, so what it loaded stays loaded."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from ray import tune
@@ -19,8 +19,10 @@ from orchestrator.store import Store
 # driver then costs nothing to short prunings.
 REPORT_SECONDS = 0.5
 
+Work = Generator[Update, None, Update]  # reports, and returns the last one
 
-class StageTrainable(tune.Trainable):
+
+class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     """Runs one training, or a lane of calibrations and prunings.
 
     An error of a stage is a result (with its stage and reason), not a crash: only a worker that
@@ -61,17 +63,17 @@ class StageTrainable(tune.Trainable):
         except StopIteration as stop:
             return {"done": True, **stop.value}
 
-    def _training(self, item: Item) -> Iterator[Update]:
+    def _training(self, item: Item) -> Work:
         watch = Stopwatch()
         node = self._nodes[item]
         assert isinstance(node, Training)
         try:
             yield from self._bench.train(node, watch)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded
+        except Exception as error:
             return {"ended": [_ended(item, error, watch)]}
         return {"ended": [_ended(item, None, watch)]}
 
-    def _lane(self, lane: str) -> Iterator[Update]:
+    def _lane(self, lane: str) -> Work:
         ended: list[dict[str, Any]] = []
         reported = time.monotonic()
         order = self._dispatcher.resume(lane)
@@ -95,7 +97,7 @@ class StageTrainable(tune.Trainable):
             else:
                 assert not isinstance(node, Training)
                 self._bench.prune(node, watch)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded
+        except Exception as error:
             return _ended(item, error, watch)
         return _ended(item, None, watch)
 
