@@ -57,13 +57,13 @@ def slow_importance(t, weights, us):
 
 
 def slow_render_weights(density, t, length):
-    """One ray's w = Tα, the transmittance as a running product."""
+    """One ray's w = Tα, the transmittance as a running product (without NeRF's 1e-10 in it)."""
     weights, transmittance = [], 1.0
     for i, sigma in enumerate(density):
         delta = t[i + 1] - t[i] if i + 1 < len(t) else 1e10
-        alpha = 1 - math.exp(-max(sigma, 0.0) * delta * length)
-        weights.append(transmittance * alpha)
-        transmittance *= 1 - alpha + 1e-10
+        through = math.exp(-max(sigma, 0.0) * delta * length)
+        weights.append(transmittance * (1 - through))
+        transmittance *= through
     return weights
 
 

@@ -220,12 +220,11 @@ def test_a_step_on_fern_agrees_with_the_slow_reference(fern_folder):
     trainer = trainer_of(
         load_scene(SceneSettings(fern_folder)), shape, SampleCounts(6, 5), recipe, 3
     )
-    trainer.pool.batch(3, 0, recipe.rays)
     views, _, _ = slow_poses(np.load(fern_folder / "poses_bounds.npy"))
     photos = sorted((fern_folder / "images_8").glob("*.png"))
     train = [v for v in range(20) if v % 8]
     rays, colors = [], []
-    for number in trainer.pool._order[1][: recipe.rays].tolist():
+    for number in trainer.pool.pick(3, 0, recipe.rays).tolist():
         view, pixel = train[number // (378 * 504)], number % (378 * 504)
         row, column = divmod(pixel, 504)
         focal = 3260.526333 / 8
