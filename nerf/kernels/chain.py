@@ -52,7 +52,6 @@ def _forward_step(
     rows,
     rays,
     chunk_rows,
-    view,
     density_at,
     rgb_at,
     LAST: tl.constexpr,
@@ -66,7 +65,7 @@ def _forward_step(
     sources = tl.load(step + 2)
     point = tl.load(step + 3)
     tile = tl.load(step + 4)
-    bias = tl.load(step + 5)
+    bias = tl.load(step + 5) * CHUNK
     target = tl.load(step + 6)
     h = _load_chunks(buffer, source, sources, rows, chunk_rows, WIDTH)
     e = _load_chunks(buffer, 0, point, rows, chunk_rows, CHUNK)
@@ -78,23 +77,21 @@ def _forward_step(
         w = _load_tiles(weights, tile + point * outputs + n, outputs, sources, WIDTH)
         out = tl.dot(h, w, input_precision="ieee")
         if point > 0:
-            w = _load_tiles(weights, tile + n, 0, 1, CHUNK)
-            out = tl.dot(e, w, out, input_precision="ieee")
+            w_point = _load_tiles(weights, tile + n, 0, 1, CHUNK)
+            out = tl.dot(e, w_point, out, input_precision="ieee")
         place = n * CHUNK + column
         if VIEW:
-            out += tl.load(
-                share + rays[:, None] * view + place[None, :], mask=place[None, :] < view, other=0.0
-            )
+            out += tl.load(share + rays[:, None] * (outputs * CHUNK) + place[None, :])
         else:
             out += tl.load(vector + bias + place)[None, :]
         out = tl.maximum(out, 0.0)
         if LAST:
-            sum_0 += tl.sum(out * tl.load(vector + density_at + place)[None, :], 1)
+            sum_0 += tl.sum(out * tl.load(vector + density_at * CHUNK + place)[None, :], 1)
         if VIEW:
             padded = outputs * CHUNK
-            sum_0 += tl.sum(out * tl.load(vector + rgb_at + place)[None, :], 1)
-            sum_1 += tl.sum(out * tl.load(vector + rgb_at + padded + place)[None, :], 1)
-            sum_2 += tl.sum(out * tl.load(vector + rgb_at + 2 * padded + place)[None, :], 1)
+            sum_0 += tl.sum(out * tl.load(vector + rgb_at * CHUNK + place)[None, :], 1)
+            sum_1 += tl.sum(out * tl.load(vector + rgb_at * CHUNK + padded + place)[None, :], 1)
+            sum_2 += tl.sum(out * tl.load(vector + rgb_at * CHUNK + 2 * padded + place)[None, :], 1)
         at = (target + n).to(tl.int64) * chunk_rows * CHUNK
         tl.store(
             buffer + at + rows[:, None] * CHUNK + column[None, :], out.to(buffer.dtype.element_ty)
@@ -112,7 +109,6 @@ def _forward_any(
     rows,
     rays,
     chunk_rows,
-    view,
     density_at,
     rgb_at,
     LAST: tl.constexpr,
@@ -123,17 +119,17 @@ def _forward_any(
     sources = tl.load(step + 2)
     if sources <= 1:
         a, b, c = _forward_step(
-            step, buffer, weights, vector, share, rows, rays, chunk_rows, view, density_at, rgb_at,
+            step, buffer, weights, vector, share, rows, rays, chunk_rows, density_at, rgb_at,
             LAST, VIEW, 64, BLOCK,
         )  # fmt: skip
     elif sources == 2:
         a, b, c = _forward_step(
-            step, buffer, weights, vector, share, rows, rays, chunk_rows, view, density_at, rgb_at,
+            step, buffer, weights, vector, share, rows, rays, chunk_rows, density_at, rgb_at,
             LAST, VIEW, 128, BLOCK,
         )  # fmt: skip
     else:
         a, b, c = _forward_step(
-            step, buffer, weights, vector, share, rows, rays, chunk_rows, view, density_at, rgb_at,
+            step, buffer, weights, vector, share, rows, rays, chunk_rows, density_at, rgb_at,
             LAST, VIEW, 256, BLOCK,
         )  # fmt: skip
     return a, b, c
@@ -141,7 +137,7 @@ def _forward_any(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows", "samples", "steps", "view", "density_at", "rgb_at", "bias_at", "octaves",
+        "n_rows", "samples", "steps", "density_at", "rgb_at", "bias_at", "octaves",
     ]
 )  # fmt: skip
 def forward_chain(
@@ -159,7 +155,6 @@ def forward_chain(
     samples,
     chunk_rows,
     steps,
-    view,
     density_at,
     rgb_at,
     bias_at,
@@ -172,7 +167,7 @@ def forward_chain(
     Args:
         origins: (R, 3) fp32; `directions` the same, not normalised.
         distances: (R, S) fp32.
-        share: (R, V) fp32, what the view layer adds for a ray.
+        share: (R, view columns) fp32, what the view layer adds for a ray, padded to chunks.
         table: (steps, 8) int32.
         weights: forward weight tiles, bf16.
         vector: biases and heads, fp32.
@@ -182,8 +177,7 @@ def forward_chain(
         samples: S.
         chunk_rows: rows of the buffer: all (padded) if KEEP, else BLOCK a program.
         steps: steps of the table.
-        view: V, the true width of the view layer.
-        density_at: where the density weights start in `vector`; `rgb_at`, `bias_at` likewise.
+        density_at: first chunk of the density weights in `vector`; `rgb_at`, `bias_at` likewise.
         octaves: of the point encoding.
         KEEP: whether the buffer keeps every row (training) or is a program's scratch.
         BLOCK: rows a program carries.
@@ -212,23 +206,23 @@ def forward_chain(
             tl.debug_barrier()
             _forward_any(
                 table + index * TABLE, buffer, weights, vector, share, place, ray, chunk_rows,
-                view, density_at, rgb_at, False, False, BLOCK,
+                density_at, rgb_at, False, False, BLOCK,
             )  # fmt: skip
         tl.debug_barrier()
         sigma, _, _ = _forward_any(
             table + (steps - 2) * TABLE, buffer, weights, vector, share, place, ray, chunk_rows,
-            view, density_at, rgb_at, True, False, BLOCK,
+            density_at, rgb_at, True, False, BLOCK,
         )  # fmt: skip
-        tl.store(density + row, sigma + tl.load(vector + bias_at), mask=valid)
+        tl.store(density + row, sigma + tl.load(vector + bias_at * CHUNK), mask=valid)
         tl.debug_barrier()
         red, green, blue = _forward_any(
             table + (steps - 1) * TABLE, buffer, weights, vector, share, place, ray, chunk_rows,
-            view, density_at, rgb_at, False, True, BLOCK,
+            density_at, rgb_at, False, True, BLOCK,
         )  # fmt: skip
         colour = rgb + row.to(tl.int64) * 3
-        tl.store(colour, red + tl.load(vector + bias_at + 1), mask=valid)
-        tl.store(colour + 1, green + tl.load(vector + bias_at + 2), mask=valid)
-        tl.store(colour + 2, blue + tl.load(vector + bias_at + 3), mask=valid)
+        tl.store(colour, red + tl.load(vector + bias_at * CHUNK + 1), mask=valid)
+        tl.store(colour + 1, green + tl.load(vector + bias_at * CHUNK + 2), mask=valid)
+        tl.store(colour + 2, blue + tl.load(vector + bias_at * CHUNK + 3), mask=valid)
         tl.debug_barrier()
 
 
@@ -259,7 +253,7 @@ def _backward_step(
         w = _load_tiles(weights, tile + n, outputs, sources, WIDTH)
         out = tl.dot(above, w, input_precision="ieee")
         if FIRST:
-            head = tl.load(vector + heads + n * CHUNK + column)
+            head = tl.load(vector + (heads + n) * CHUNK + column)
             out += g_density[:, None] * head[None, :]
         inside = rows[:, None] * CHUNK + column[None, :]
         at = (gate + n).to(tl.int64) * chunk_rows * CHUNK
@@ -333,7 +327,7 @@ def backward_chain(
         steps: steps of the table.
         view_chunks: chunks of the view layer.
         view_activation: its first activation chunk; `view_delta` its first delta chunk.
-        rgb_at: where the colour weights start in `vector`.
+        rgb_at: first chunk of the colour weights in `vector`.
         BLOCK: rows a program carries.
     """
     pid = tl.program_id(0)
@@ -348,7 +342,7 @@ def backward_chain(
         inside = row[:, None] * CHUNK + column[None, :]
         padded = view_chunks * CHUNK
         for n in range(view_chunks):
-            head = vector + rgb_at + n * CHUNK + column
+            head = vector + (rgb_at + n) * CHUNK + column
             out = g_red[:, None] * tl.load(head)[None, :]
             out += g_green[:, None] * tl.load(head + padded)[None, :]
             out += g_blue[:, None] * tl.load(head + 2 * padded)[None, :]

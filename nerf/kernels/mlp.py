@@ -13,17 +13,18 @@ W_view, F = W_feature, b_f its bias, dM = Σ δ hᵀ and δ the deltas of view, 
 Importing this module needs Triton; `nerf.kernels.available` says whether that works here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from nerf.encoding import encode
 from nerf.field import Field, FieldShape
 from nerf.kernels import chain, gradients
-from nerf.kernels.plan import CHUNK, SLOT, padded_rows, plan_for
+from nerf.kernels.plan import CHUNK, MAX_VIEW_CHUNKS, SLOT, chunks, padded_rows, plan_for
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Launch:
         block: rows a program carries ("triton").
         warps: warps a program has ("triton").
         stages: depth of the pipeline of weights.
-        groups: warp groups of 64 rows each ("hopper").
+        groups: warp groups of 64 rows each, 2 or 3 ("hopper"; more do not fit).
+        backward_stages: as `stages`, of the backward chain ("hopper").
+        backward_groups: as `groups`, of the backward chain ("hopper").
         gradient_rows: rows a step of the weight gradients takes ("triton").
         gradient_stages: depth of the pipeline of the weight gradients.
         dtype: what the matrix products read; fp32 (for tests) needs "triton".
@@ -46,15 +49,24 @@ class Launch:
     warps: int = 8
     stages: int = 3
     groups: int = 2
+    backward_stages: int = 5
+    backward_groups: int = 2
     gradient_rows: int = 64
     gradient_stages: int = 3
     dtype: torch.dtype = torch.bfloat16
 
 
-def default_launch(device: torch.device) -> Launch:
-    """The fastest launch for a device."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
-        return Launch(kind="hopper", stages=4)
+HOPPER = Launch(kind="hopper", stages=4, gradient_stages=4)
+
+
+def default_launch(device: torch.device, shape: FieldShape) -> Launch:
+    """The fastest launch of a network on a device."""
+    if (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and chunks(shape.view) <= MAX_VIEW_CHUNKS
+    ):
+        return HOPPER
     return Launch()
 
 
@@ -75,7 +87,7 @@ class PackedField:
     def __init__(self, field: Field, launch: Launch | None = None) -> None:
         device = field.rgb.weight.device
         self.shape = field.shape
-        self.launch = launch or default_launch(device)
+        self.launch = launch or default_launch(device, field.shape)
         self.plan = plan_for(field.shape)
         with torch.no_grad():
             weights = {name: value.detach().float() for name, value in field.named_parameters()}
@@ -86,16 +98,18 @@ class PackedField:
             mix = from_feature.double() @ weights["feature.weight"].double()
             constant = from_feature.double() @ weights["feature.bias"].double()
             weights["mix.weight"] = mix.float()
-            self.direction = from_direction.contiguous()
-            self.constant = (weights["view.bias"].double() + constant).float()
+            # Padded to whole chunks, so that the kernels read aligned rows.
+            padding = self.plan.view_columns - self.shape.view
+            self.direction = F.pad(from_direction, (0, 0, 0, padding))
+            self.constant = F.pad((weights["view.bias"].double() + constant).float(), (0, padding))
             self.tiles = self.plan.forward_tiles(weights).to(self.launch.dtype)
             self.vector = self.plan.vector(weights)
         self.table = self.plan.table().to(device)
         self.programs = programs(device)
         self._scratch: Tensor | None = None
 
-    def share(self, view_directions: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays view"]:
-        """What the view layer adds for a ray: its direction's share and the biases."""
+    def share(self, view_directions: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays columns"]:
+        """What the view layer adds for a ray (its direction's share and biases), in chunks."""
         encoded = encode(view_directions, self.shape.direction_octaves)
         return torch.addmm(self.constant, encoded, self.direction.t())
 
@@ -163,7 +177,7 @@ def launch_forward(
     chain.forward_chain[(count,)](
         origins, directions, distances, share, packed.table, packed.tiles, packed.vector,
         packed._scratch, density, rgb, rows, distances.shape[1], packed._scratch.shape[1],
-        len(plan.forward), plan.shape.view, plan.density_at, plan.rgb_at, plan.heads_bias_at,
+        len(plan.forward), plan.density_at, plan.rgb_at, plan.heads_bias_at,
         plan.shape.point_octaves, KEEP=False, BLOCK=launch.block, num_warps=launch.warps,
         num_stages=launch.stages,
     )  # fmt: skip
@@ -190,7 +204,7 @@ class FusedField:
         device = torch.device(device)
         self.shape, self.rays, self.samples = shape, rays, samples
         self.plan = plan = plan_for(shape)
-        self.launch = launch or default_launch(device)
+        self.launch = launch or default_launch(device, shape)
         self.programs = programs(device)
         dtype = self.launch.dtype
         self.rows = rays * samples
@@ -219,12 +233,14 @@ class FusedField:
         self.partials = empty(len(items), SLOT)
         self.activations = empty(plan.activations, self.padded, CHUNK, dtype=dtype)
         self.deltas = empty(plan.deltas, self.padded, CHUNK, dtype=dtype)
-        self.share = empty(rays, shape.view)
+        self.share = empty(rays, plan.view_columns)
         self.constant = empty(shape.view)
-        self.share_gradient = empty(rays, shape.view)
         self.density = empty(rays, samples)
         self.rgb = empty(rays, samples, 3)
-        self._hopper: object | None = None
+        if self.launch.kind == "hopper":
+            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
+
+            self.hopper = hopper_chain.Buffers(self)
 
     def load(self, field: Field) -> None:
         """Copy the weights of a `Field` and pack them."""
@@ -285,7 +301,12 @@ class FusedField:
         """
         self._encoded_directions = encoded_directions
         _, from_direction = self._view_parts(self._weights)
-        torch.addmm(self.constant, encoded_directions, from_direction.t(), out=self.share)
+        torch.addmm(
+            self.constant,
+            encoded_directions,
+            from_direction.t(),
+            out=self.share[:, : self.shape.view],
+        )
         plan, launch = self.plan, self.launch
         if launch.kind == "hopper":
             from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
@@ -296,7 +317,7 @@ class FusedField:
         chain.forward_chain[grid](
             origins, directions, distances, self.share, self.table, self.tiles, self.vector,
             self.activations, self.density, self.rgb, self.rows, self.samples, self.padded,
-            len(plan.forward), self.shape.view, plan.density_at, plan.rgb_at, plan.heads_bias_at,
+            len(plan.forward), plan.density_at, plan.rgb_at, plan.heads_bias_at,
             self.shape.point_octaves, KEEP=True, BLOCK=launch.block, num_warps=launch.warps,
             num_stages=launch.stages,
         )  # fmt: skip
@@ -406,8 +427,3 @@ def evaluate(
     One forward of a `FusedField` must be followed by its backward before the next forward.
     """
     return _Evaluate.apply(parameters, field, origins, directions, distances, encoded_directions)
-
-
-def with_kind(launch: Launch, kind: str) -> Launch:
-    """The same launch on the other kind of kernel."""
-    return replace(launch, kind=kind)

@@ -31,6 +31,7 @@ from nerf.field import FieldShape
 
 CHUNK = 64
 MAX_CHUNKS = 4  # the widest layer the kernels take is 256 channels
+MAX_VIEW_CHUNKS = 2  # of the view layer, in the Hopper kernels
 ROWS = 128  # rows are padded to a multiple of this
 TABLE = 8  # integers a step takes in a table
 BLOCK_OUT = 2  # a gradient block is at most 2 chunks of outputs × 4 chunks of inputs
@@ -71,7 +72,7 @@ class Step:
         sources: chunks it reads from `source` on.
         point: whether the encoded point is read too, before them.
         tile: first weight tile.
-        vector: first element of its bias in `Plan.vector`.
+        vector: first chunk of its bias (backward: of the density weights) in `Plan.vector`.
         target: chunk it writes first.
         mask: forward: its index among the ReLU layers; backward: the chunk whose sign gates it.
         kind: HIDDEN, LAST (the density head reads it) or VIEW (the colour head reads it).
@@ -215,7 +216,7 @@ class Plan:
                 )
             )
             tile += width * (sources + int(point))
-            vector += width * CHUNK
+            vector += width
         last = f"trunk.{len(widths) - 1}"
         outputs = chunks(shape.view)
         steps.append(
@@ -233,11 +234,12 @@ class Plan:
             )
         )
         self.forward = tuple(steps)
-        # Behind the biases: density weights, then red, green and blue, then the heads' 4 biases.
+        # Behind the biases, in chunks: density weights, red, green, blue, then the heads' 4 biases.
         self.density_at = vector
-        self.rgb_at = vector + widths[-1] * CHUNK
-        self.heads_bias_at = self.rgb_at + 3 * outputs * CHUNK
-        self.vector_size = self.heads_bias_at + 4
+        self.rgb_at = vector + widths[-1]
+        self.heads_bias_at = self.rgb_at + 3 * outputs
+        self.vector_size = self.heads_bias_at * CHUNK + 4
+        self.view_columns = outputs * CHUNK
 
         steps, tile = [], 0
         for index in range(len(widths) - 1, -1, -1):
