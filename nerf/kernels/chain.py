@@ -37,9 +37,7 @@ def _load_tiles(weights, tile, stride, count, WIDTH: tl.constexpr):
     output = tl.arange(0, CHUNK)
     at = (tile + (column // CHUNK) * stride) * TILE + column % CHUNK
     inside = column // CHUNK < count
-    return tl.load(
-        weights + at[:, None] + output[None, :] * CHUNK, mask=inside[:, None], other=0.0
-    )
+    return tl.load(weights + at[:, None] + output[None, :] * CHUNK, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -184,7 +182,10 @@ def forward_chain(
     """
     pid = tl.program_id(0)
     column = tl.arange(0, CHUNK)
-    for block in range(pid, tl.cdiv(n_rows, BLOCK), tl.num_programs(0)):
+    last = n_rows
+    if KEEP:
+        last = chunk_rows  # the weight gradients read the padding too
+    for block in range(pid, tl.cdiv(last, BLOCK), tl.num_programs(0)):
         row = block * BLOCK + tl.arange(0, BLOCK)
         valid = row < n_rows
         ray = tl.where(valid, row // samples, 0)
@@ -198,9 +199,7 @@ def forward_chain(
         else:
             place = pid * BLOCK + tl.arange(0, BLOCK)
         place = place.to(tl.int64)
-        tl.store(
-            buffer + place[:, None] * CHUNK + column[None, :], e.to(buffer.dtype.element_ty)
-        )
+        tl.store(buffer + place[:, None] * CHUNK + column[None, :], e.to(buffer.dtype.element_ty))
         ray = ray.to(tl.int64)
         for index in range(steps - 2):
             tl.debug_barrier()
@@ -358,9 +357,7 @@ def backward_chain(
         at = (view_delta + view_chunks).to(tl.int64) * chunk_rows * CHUNK
         tl.store(deltas + at + inside, heads.to(deltas.dtype.element_ty))
         tl.debug_barrier()
-        _backward_any(
-            table, deltas, activations, weights, vector, row, g_sigma, chunk_rows, True
-        )
+        _backward_any(table, deltas, activations, weights, vector, row, g_sigma, chunk_rows, True)
         for index in range(1, steps):
             tl.debug_barrier()
             _backward_any(

@@ -53,7 +53,9 @@ def accumulator_layout(width: int, groups: int) -> gl.NVMMADistributedLayout:
     The compiler refuses instructions 256 wide where a thread has 128 registers at launch, which is
     what 3 groups and a producer leave.
     """
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(width, 256 if groups < 3 else 128), 16])
+    return gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, min(width, 256 if groups < 3 else 128), 16]
+    )
 
 
 @gluon.jit
@@ -89,7 +91,7 @@ def _product(
     start, act, ring, full, empty, count, first, point, point_chunk, slot, phase,
     N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """start + Σ chunk × tiles over `count` chunks of inputs; returns it and the ring's state."""
+    """Return start + Σ chunk × tiles over `count` chunks of inputs, and the ring's state."""
     tiles = ring._reinterpret(gl.bfloat16, [STAGES, 4 * CHUNK, CHUNK], TILE_LAYOUT)
     acc = start
     before = slot
@@ -446,9 +448,7 @@ def _view_deltas(
     inside = (at < n_rows)[:, None]
     sigma = gl.load(g_density + at, mask=at < n_rows, other=0.0)
     colour = g_rgb + (at * 3)[:, None] + (gl.maximum(which, 1) - 1)[None, :]
-    value = gl.where(
-        (which == 0)[None, :], sigma[:, None], gl.load(colour, mask=inside, other=0.0)
-    )
+    value = gl.where((which == 0)[None, :], sigma[:, None], gl.load(colour, mask=inside, other=0.0))
     chunk = deltas + (view_delta + view_chunks).to(gl.int64) * chunk_rows * CHUNK
     gl.store(chunk + (at * CHUNK)[:, None] + which[None, :], value.to(gl.bfloat16))
 

@@ -6,7 +6,7 @@ into a slot of a ring; each group multiplies one delta chunk, transposed into re
 the activation chunks, and adds its rows up for the bias gradients while the tensor cores work.
 
 Bytes from L2 for 64 rows of a full block: 48 KiB for 2 · 64 · 128 · 256 operations. Over all blocks
-of the original network and 196,608 rows that is 2.4 GB, 1.6 GB of them from device memory.
+of the original network and 196,608 rows that is 2.8 GB, 1.8 GB of them from device memory.
 """
 
 from typing import TYPE_CHECKING

@@ -19,12 +19,15 @@ import torch
 import triton
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import pad
 
 from nerf.encoding import encode
 from nerf.field import Field, FieldShape
 from nerf.kernels import chain, gradients
 from nerf.kernels.plan import CHUNK, MAX_VIEW_CHUNKS, SLOT, chunks, padded_rows, plan_for
+
+GATHER_BLOCK = 1024  # elements a program packs
+REDUCE_BLOCK = 512  # gradients a program sums up
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class PackedField:
             weights["mix.weight"] = mix.float()
             # Padded to whole chunks, so that the kernels read aligned rows.
             padding = self.plan.view_columns - self.shape.view
-            self.direction = F.pad(from_direction, (0, 0, 0, padding))
-            self.constant = F.pad((weights["view.bias"].double() + constant).float(), (0, padding))
+            self.direction = pad(from_direction, (0, 0, 0, padding))
+            self.constant = pad((weights["view.bias"].double() + constant).float(), (0, padding))
             self.tiles = self.plan.forward_tiles(weights).to(self.launch.dtype)
             self.vector = self.plan.vector(weights)
         self.table = self.plan.table().to(device)
@@ -276,8 +279,8 @@ class FusedField:
             (self._vector_index, self.vector),
         ):
             count = len(index)
-            gradients.gather[(triton.cdiv(count, 1024),)](
-                self.extended, index, target, count, BLOCK=1024, num_warps=4
+            gradients.gather[(triton.cdiv(count, GATHER_BLOCK),)](
+                self.extended, index, target, count, BLOCK=GATHER_BLOCK, num_warps=4
             )
 
     @torch.no_grad()
@@ -313,7 +316,7 @@ class FusedField:
 
             hopper_chain.forward(self, origins, directions, distances)
             return self.density, self.rgb
-        grid = (triton.cdiv(self.rows, launch.block),)
+        grid = (triton.cdiv(self.padded, launch.block),)
         chain.forward_chain[grid](
             origins, directions, distances, self.share, self.table, self.tiles, self.vector,
             self.activations, self.density, self.rgb, self.rows, self.samples, self.padded,
@@ -360,7 +363,17 @@ class FusedField:
 
     def backward_weights(self) -> None:
         """Weight gradients from activations and deltas."""
-        plan, launch = self.plan, self.launch
+        self.partial_sums()
+        count = self.plan.extended
+        gradients.reduce_gradients[(triton.cdiv(count, REDUCE_BLOCK),)](
+            self.partials, self._gradient_index, self.slots, self.extended_gradients, count,
+            BLOCK=REDUCE_BLOCK, num_warps=4,
+        )  # fmt: skip
+        self._unmerge()
+
+    def partial_sums(self) -> None:
+        """The products of deltas and activations, before their reduction."""
+        launch = self.launch
         if launch.kind == "hopper":
             from nerf.kernels import hopper_gradients  # noqa: PLC0415  (needs Triton's Gluon)
 
@@ -371,12 +384,6 @@ class FusedField:
                 self.padded, ROWS=launch.gradient_rows, num_warps=8,
                 num_stages=launch.gradient_stages,
             )  # fmt: skip
-        count = plan.extended
-        gradients.reduce_gradients[(triton.cdiv(count, 512),)](
-            self.partials, self._gradient_index, self.slots, self.extended_gradients, count,
-            BLOCK=512, num_warps=4,
-        )  # fmt: skip
-        self._unmerge()
 
     def _unmerge(self) -> None:
         """Gradients of feature and view from those of `mix` and of each ray's share."""
@@ -401,7 +408,7 @@ class FusedField:
 
 class _Evaluate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parameters, field, origins, directions, distances, encoded):  # type: ignore[no-untyped-def,override]  # noqa: ANN001,D102
+    def forward(ctx, parameters, field, origins, directions, distances, encoded):  # type: ignore[no-untyped-def]
         field.parameters.copy_(parameters)
         field.pack()
         density, rgb = field.forward(origins, directions, distances, encoded)
@@ -409,7 +416,7 @@ class _Evaluate(torch.autograd.Function):
         return density.clone(), rgb.clone()
 
     @staticmethod
-    def backward(ctx, g_density, g_rgb):  # type: ignore[no-untyped-def,override]  # noqa: ANN001,D102
+    def backward(ctx, g_density, g_rgb):  # type: ignore[no-untyped-def]
         gradient = ctx.field.backward(g_density.contiguous(), g_rgb.contiguous())
         return gradient.clone(), None, None, None, None, None
 

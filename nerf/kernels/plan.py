@@ -25,7 +25,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import pad
 
 from nerf.field import FieldShape
 
@@ -357,7 +357,8 @@ class Plan:
         place = torch.zeros(self.extended, dtype=torch.int32)
         blocks, places = self.views(block), self.views(place)
         width = MAX_CHUNKS * CHUNK
-        cells, sums = {}, {}
+        cells: dict[tuple[int, int], tuple[int, int, int]] = {}
+        sums: dict[int, tuple[int, int]] = {}
         for at, found in enumerate(self.blocks):
             for i in range(found.deltas):
                 sums.setdefault(found.delta + i, (at, i * CHUNK))
@@ -371,13 +372,16 @@ class Plan:
                 columns = self.shape.point_features
             for r in range(0, rows, CHUNK):
                 for c in range(0, columns, CHUNK):
-                    chunk = self.delta_of[delta] + r // CHUNK, self.activation_of[source] + c // CHUNK
+                    chunk = (
+                        self.delta_of[delta] + r // CHUNK,
+                        self.activation_of[source] + c // CHUNK,
+                    )
                     at, down, right = cells[chunk]
                     height, breadth = min(CHUNK, rows - r), min(CHUNK, columns - c)
                     cell = slice(r, r + height), slice(start + c, start + c + breadth)
-                    down = down + channel + torch.arange(height)[:, None]
+                    rows_at = down + channel + torch.arange(height)[:, None]
                     blocks[name][cell] = at
-                    places[name][cell] = (down * width + right + torch.arange(breadth)).int()
+                    places[name][cell] = (rows_at * width + right + torch.arange(breadth)).int()
 
         def assign_bias(name: str, delta: str, channel: int = 0) -> None:
             rows = len(blocks[name])
@@ -417,7 +421,8 @@ class Plan:
         """
         groups = rows // CHUNK
         total = sum(block.cost for block in self.blocks) * groups
-        items, first, slots = [], [0], [0]
+        items: list[tuple[int, ...]] = []
+        first, slots = [0], [0]
         spent, program = 0, 1
         for block in self.blocks:
             at = 0
@@ -478,9 +483,9 @@ def _tiles(matrix: Tensor, fill: float) -> Tensor:
     out_width, in_width = matrix.shape
     outs, ins = chunks(out_width), chunks(in_width)
     padding = (0, ins * CHUNK - in_width, 0, outs * CHUNK - out_width)
-    whole = F.pad(matrix, padding, value=fill)
+    whole = pad(matrix, padding, value=fill)
     return whole.view(outs, CHUNK, ins, CHUNK).permute(2, 0, 1, 3).reshape(-1, CHUNK, CHUNK)
 
 
 def _padded(vector: Tensor, fill: float) -> Tensor:
-    return F.pad(vector, (0, chunks(len(vector)) * CHUNK - len(vector)), value=fill)
+    return pad(vector, (0, chunks(len(vector)) * CHUNK - len(vector)), value=fill)

@@ -1,8 +1,9 @@
 """Triton's interpreter for the kernel tests: switched on before any kernel is imported.
 
-Two things in Triton 3.6's interpreter need help: it turns one-element arrays into integers with
-`int(array)`, which NumPy 2.4 refuses, and it multiplies the bit patterns of bf16 operands in
-`tl.dot` instead of their values.
+Four things in Triton 3.6's interpreter need help: it turns one-element arrays into integers with
+`int(array)`, which NumPy 2.4 refuses; it multiplies the bit patterns of bf16 operands in `tl.dot`
+instead of their values; it truncates fp32 to bf16 where a GPU rounds to nearest; and its `fma`
+rounds twice.
 """
 
 import os
@@ -35,5 +36,19 @@ def use_interpreter_without_gpu() -> None:
         product = np.matmul(values(a), values(b), dtype=d.data.dtype)
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
+    convert_float = interpreter._convert_float
+
+    def rounded(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert_float(data, source, target, mode)
+        bits = torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16)
+        return bits.numpy().view(np.uint16)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+    interpreter._convert_float = rounded
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = create_dot
