@@ -60,7 +60,7 @@ class Recipe:
         for name in ("iterations", "rays", "learning_rate", "decay", "decay_iterations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        if self.density_noise < 0:
+        if not self.density_noise >= 0:
             raise ValueError(f"density_noise must not be negative, got {self.density_noise!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")

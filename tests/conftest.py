@@ -1,11 +1,12 @@
 """What every test shares: shapes checked at run time, Hypothesis without deadlines, fern."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 # Before the first import of our packages: shapes in signatures are then checked on each call.
 install_import_hook(["nerf", "pruning"], "beartype.beartype")
@@ -14,6 +15,30 @@ settings.register_profile("prunefield", deadline=None)
 settings.load_profile("prunefield")
 
 DATA_VARIABLE = "PRUNEFIELD_DATA"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Our own flags."""
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the files in tests/golden/ anew instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether the files in tests/golden/ are to be written anew."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """For arguments of a wrong type, to see our own message instead of the type checker's."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture(scope="session")
