@@ -16,14 +16,14 @@ import torch
 
 from nerf.checkpoints import load_model, save_model
 from nerf.devices import resolve_device
-from nerf.errors import CheckpointError, NerfError
+from nerf.errors import CheckpointError
 from nerf.evaluation import Evaluation, HeldOut, error_map, write_picture
 from nerf.field import Field, NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, Trainer
 from orchestrator.bridge import as_one, calibrate, field_of, from_one, network_of
-from orchestrator.errors import StoreError
+from orchestrator.errors import PrunefieldError
 from orchestrator.log import logger
 from orchestrator.plan import Calibration, Training, Trial
 from orchestrator.provenance import Origin
@@ -349,7 +349,7 @@ def failure_of(error: BaseException, watch: Stopwatch) -> Failure:
     """A failure as it is recorded: the stage under way and the error in one line."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         reason = f"out of GPU memory: {error}"
-    elif isinstance(error, NerfError | StoreError):
+    elif isinstance(error, PrunefieldError):
         reason = str(error)
     else:
         reason = f"{type(error).__name__}: {error}"
