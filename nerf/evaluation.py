@@ -18,7 +18,7 @@ from nerf.cameras import Rays, view_rays
 from nerf.devices import Precision, arithmetic
 from nerf.field import NerfModel
 from nerf.files import replacing
-from nerf.metrics import mse, psnr, ssim
+from nerf.metrics import SSIM_WINDOW, mse, psnr, ssim
 from nerf.rendering import RenderSettings, render_colors
 from nerf.scenes.scene import Scene
 
@@ -33,7 +33,8 @@ class ViewResult:
         view: its index in the scene.
         mse: mean squared error in linear [0, 1] RGB.
         psnr: in dB.
-        ssim: None when only some of its rays were rendered.
+        ssim: None when only some of its rays were rendered, or the view is smaller than SSIM's
+            window.
         seconds: wall time of the rendering.
         picture: the rendered view; None when only some of its rays were rendered.
     """
@@ -72,7 +73,7 @@ class Evaluation:
 
     @property
     def ssim(self) -> float | None:
-        """Mean over views; None when only some rays were rendered."""
+        """Mean over views; None where the views have none."""
         scores = [v.ssim for v in self.views if v.ssim is not None]
         return sum(scores) / len(scores) if len(scores) == len(self.views) else None
 
@@ -140,7 +141,9 @@ class HeldOut:
             seconds = time.perf_counter() - started
             error = mse(colors, photo)
             picture = colors.view(self.shape) if self.whole else None
-            similarity = None if picture is None else ssim(picture, photo.view(self.shape))
+            similarity = None
+            if picture is not None and min(self.shape[:2]) >= SSIM_WINDOW:
+                similarity = ssim(picture, photo.view(self.shape))
             results.append(ViewResult(view, error, psnr(error), similarity, seconds, picture))
         return Evaluation(tuple(results), self.rays_per_view, self.whole)
 

@@ -55,8 +55,17 @@ def prune(options: argparse.Namespace) -> int:
 
     moments = moments_for([options.criterion])
     model, scene, info = _open(options)
-    n_layers = len(model.fine.shape.trunk)
-    ratios = allocate(options.schedule, n_layers, options.ratio)
+    depths = {
+        len(field.shape.trunk)
+        for name, field in model.networks().items()
+        if options.networks in (name, "both")
+    }
+    if len(depths) > 1:
+        raise OrchestratorError(
+            f"the networks of {options.checkpoint} have {sorted(depths)} hidden layers; prune them "
+            "one after the other with --networks coarse and --networks fine"
+        )
+    ratios = allocate(options.schedule, depths.pop(), options.ratio)
     _check_output(options.output)
     statistics = None
     if moments:
