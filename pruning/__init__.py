@@ -9,7 +9,6 @@ One pruning, from calibration samples to a smaller network::
 
 from pruning.allocation import ALLOCATIONS, allocate, check_ratio, check_ratios
 from pruning.calibration import (
-    MOMENTS,
     CalibrationBatch,
     Cell,
     NestedStatistics,
@@ -18,6 +17,7 @@ from pruning.calibration import (
     collect,
 )
 from pruning.errors import PruningError, RatioError, StatisticsError
+from pruning.moments import MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
 from pruning.pipeline import Pruned, prune
 from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, score
@@ -34,12 +34,14 @@ __all__ = [
     "Criterion",
     "Layer",
     "LayerGraph",
+    "Moment",
     "NestedStatistics",
     "Network",
     "Pruned",
     "PruningError",
     "RatioError",
     "ScoredLayer",
+    "Seen",
     "Statistics",
     "StatisticsError",
     "allocate",
