@@ -323,10 +323,10 @@ def collect(
             "no layer of this network is prunable, so there is nothing to observe"
         )
     last = _last_observed(network, chosen)
-    _check_weights(network)
+    check_weights(network)
     totals: dict[Cell, Statistics] = {}
     for batch in batches:
-        inputs, w = _checked(network, batch, last)
+        inputs, w = checked_batch(network, batch, last)
         n_rows = len(next(iter(inputs.values())))
         if n_rows == 0:
             continue
@@ -343,7 +343,7 @@ def collect(
                 break
         weight = float(n_rows) if w is None else float(w.sum())
         _check_finite(checks)
-        seen_now = Statistics(n_rows, weight, _finite_on_cpu(sums))
+        seen_now = Statistics(n_rows, weight, finite_on_cpu(sums))
         totals[batch.cell] = totals[batch.cell] + seen_now if batch.cell in totals else seen_now
     if not totals:
         raise StatisticsError("the calibration set holds no samples; give at least one")
@@ -394,7 +394,7 @@ def _needed_inputs(network: Network, last: str) -> tuple[str, ...]:
     return tuple(name for name in network.graph.external if name in read)
 
 
-def _check_weights(network: Network) -> None:
+def check_weights(network: Network) -> None:
     """Raise if a weight is not finite: behind a ReLU, −∞ would pass for a channel that is off."""
     for layer in network.graph.layers:
         for tensor in (network.weights[layer.name], network.biases[layer.name]):
@@ -405,10 +405,19 @@ def _check_weights(network: Network) -> None:
                 )
 
 
-def _checked(
+def checked_batch(
     network: Network, batch: CalibrationBatch, last: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A batch's inputs in the network's precision and its weights in float64, if they fit."""
+    """A batch's inputs in the network's precision and its weights in float64, if they fit.
+
+    Args:
+        network: what the batch is for.
+        batch: some samples.
+        last: the last layer that will be computed; inputs that only later ones read may be missing.
+
+    Raises:
+        StatisticsError: something is missing, of the wrong shape, or not finite.
+    """
     like = network.weights[network.graph.layers[0].name]
     inputs: dict[str, Tensor] = {}
     for name in _needed_inputs(network, last):
@@ -450,7 +459,7 @@ def _check_finite(checks: Mapping[str, Tensor]) -> None:
             raise StatisticsError(_not_finite(layer))
 
 
-def _finite_on_cpu(sums: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def finite_on_cpu(sums: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """The sums on the CPU, or an error that names the first layer where one is not finite."""
     on_cpu = {
         layer: {name: total.cpu() for name, total in moments.items()}

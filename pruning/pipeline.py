@@ -1,4 +1,4 @@
-"""The story of one pruning: score, select, remove."""
+"""The story of one pruning: score, select, remove, compensate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pruning.allocation import check_ratios
 from pruning.calibration import Statistics
+from pruning.compensation import compensate
 from pruning.errors import PruningError
 from pruning.network import Network
 from pruning.scores import score
 from pruning.selection import select
 from pruning.size import nonzero_parameters
-from pruning.surgery import remove
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def prune(
     criterion: str = "activation",
     statistics: Statistics | None = None,
     seed: int | None = None,
+    *,
+    compensation: str = "none",
 ) -> Pruned:
     """Remove the channels that matter least.
 
@@ -58,6 +60,7 @@ def prune(
         criterion: a name in `scores.CRITERIA`.
         statistics: calibration statistics of this network, if the criterion needs them.
         seed: if the criterion needs one.
+        compensation: a name in `compensation.COMPENSATIONS`.
 
     Returns:
         The smaller network, with the keep masks, ratios and sizes.
@@ -65,7 +68,8 @@ def prune(
     Raises:
         RatioError: a ratio out of range, or not one for each prunable layer.
         StatisticsError: statistics are missing or of another network.
-        PruningError: no layer is prunable, no such criterion, or a seed is missing.
+        PruningError: no layer is prunable, no such criterion or compensation, or a seed is
+            missing.
     """
     layers = network.graph.prunable()
     if not layers:
@@ -73,7 +77,7 @@ def prune(
     requested = dict(zip(layers, check_ratios(ratios, len(layers)), strict=True))
     keep = select(score(network, criterion, statistics, seed), requested)
     return Pruned(
-        network=remove(network, keep),
+        network=compensate(network, keep, compensation, statistics),
         keep=keep,
         requested=requested,
         achieved={name: int((~kept).sum()) / kept.numel() for name, kept in keep.items()},
