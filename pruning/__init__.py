@@ -5,9 +5,15 @@ One pruning, from calibration samples to a smaller network::
     statistics = collect(network, batches).subset()
     ratios = allocate("uniform", len(network.graph.prunable()), 0.5)
     pruned = prune(network, ratios, "activation", statistics)
+
+Several networks cut to a budget by what we know to work best::
+
+    statistics = {name: collect(n, batches[name], moments_for_budget()).subset() for name, n in …}
+    pruned = shrink(networks, statistics, Budget.of("params", 300_000))
 """
 
 from pruning.allocation import ALLOCATIONS, allocate, check_ratio, check_ratios
+from pruning.budget import PRICES, Budget, Cost, Price, Widths
 from pruning.calibration import (
     CalibrationBatch,
     Cell,
@@ -16,6 +22,7 @@ from pruning.calibration import (
     cells,
     collect,
 )
+from pruning.chain import Chain
 from pruning.compensation import COMPENSATIONS, Compensation, compensate, sequential
 from pruning.elimination import (
     Path,
@@ -23,25 +30,32 @@ from pruning.elimination import (
     elimination_path,
     elimination_paths,
 )
-from pruning.errors import PruningError, RatioError, StatisticsError
+from pruning.errors import BudgetError, PruningError, RatioError, StatisticsError
 from pruning.gradients import GRADIENT_MOMENTS, collect_gradients
 from pruning.moments import MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
-from pruning.pipeline import Pruned, prune
+from pruning.pipeline import Pruned, moments_for_budget, prune, shrink
 from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, needs_gradients, score
 from pruning.selection import keep_mask, removed_count, select
 from pruning.size import bytes_of, mebibytes, nonzero_parameters
+from pruning.sizing import BUDGETED, Sizing, cost_of, top, widths_within
 from pruning.surgery import mask, remove
 
 __all__ = [
     "ALLOCATIONS",
+    "BUDGETED",
     "COMPENSATIONS",
     "CRITERIA",
     "GRADIENT_MOMENTS",
     "MOMENTS",
+    "PRICES",
+    "Budget",
+    "BudgetError",
     "CalibrationBatch",
     "Cell",
+    "Chain",
     "Compensation",
+    "Cost",
     "Criterion",
     "Layer",
     "LayerGraph",
@@ -49,13 +63,16 @@ __all__ = [
     "NestedStatistics",
     "Network",
     "Path",
+    "Price",
     "Pruned",
     "PruningError",
     "RatioError",
     "ScoredLayer",
     "Seen",
+    "Sizing",
     "Statistics",
     "StatisticsError",
+    "Widths",
     "allocate",
     "bytes_of",
     "cells",
@@ -65,12 +82,14 @@ __all__ = [
     "collect_gradients",
     "compensate",
     "compensated_weights",
+    "cost_of",
     "elimination_path",
     "elimination_paths",
     "keep_mask",
     "mask",
     "mebibytes",
     "moments_for",
+    "moments_for_budget",
     "needs_gradients",
     "nonzero_parameters",
     "prune",
@@ -79,4 +98,7 @@ __all__ = [
     "score",
     "select",
     "sequential",
+    "shrink",
+    "top",
+    "widths_within",
 ]

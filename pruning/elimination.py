@@ -72,6 +72,12 @@ class Path:
         keep[self.order[: self.width - width]] = False
         return keep
 
+    def scores(self) -> Float[Tensor, " channels"]:
+        """For each channel, the error that its removal adds, made to rise along the path."""
+        scores = torch.empty(self.width, dtype=torch.float64)
+        scores[self.order] = (-self.errors.diff()).flip(0).cummax(0).values
+        return scores
+
     def ranks(self) -> Float[Tensor, " channels"]:
         """For each channel, how many go before it."""
         ranks = torch.empty(self.width, dtype=torch.float64)
@@ -148,6 +154,7 @@ def elimination_paths(
     balance: Balance = "rows",
     damping: float = DAMPING,
     layers: Collection[str] | None = None,
+    scores: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, dict[str, Path]]:
     """The elimination path of each prunable layer of each network, in one pass over all.
 
@@ -160,6 +167,8 @@ def elimination_paths(
         balance: how the errors of several readers are put together.
         damping: λ as a fraction of the mean power.
         layers: the prunable layers wanted; None for all.
+        scores: by network and layer, another criterion's: channels then go in the order of their
+            scores, and the errors are those that least squares leaves at each width.
 
     Returns:
         By network and layer. Errors are relative unless balance is "none".
@@ -186,7 +195,11 @@ def elimination_paths(
                 damping=damping,
             )
     paths: dict[str, dict[str, Path]] = {name: {} for name in networks}
-    for (name, layer), path in zip(readings, _eliminate(list(readings.values())), strict=True):
+    orders = None
+    if scores is not None:
+        orders = [torch.argsort(scores[name][layer], stable=True) for name, layer in readings]
+    found = _eliminate(list(readings.values()), orders)
+    for (name, layer), path in zip(readings, found, strict=True):
         energy = 1.0 if balance == "none" else sum(r.energy for r in readings[name, layer])
         paths[name][layer] = Path(path.order, path.errors / energy if energy > 0 else path.errors)
     return paths
@@ -251,8 +264,13 @@ def _reading(
     )
 
 
-def _eliminate(problems: Sequence[Sequence[Reading]]) -> list[Path]:
-    """The paths of several layers, each with one reading or more, all stepping together."""
+def _eliminate(
+    problems: Sequence[Sequence[Reading]], orders: Sequence[Int[Tensor, " _channels"]] | None = None
+) -> list[Path]:
+    """The paths of several layers, each with one reading or more, all stepping together.
+
+    With `orders` the channels go in those instead of the cheapest first.
+    """
     if not problems:
         return []
     readings = [reading for problem in problems for reading in problem]
@@ -272,12 +290,18 @@ def _eliminate(problems: Sequence[Sequence[Reading]]) -> list[Path]:
         bound[i, :n] = reading.bound
     alive = torch.arange(C, device=like.device) < torch.tensor(widths, device=like.device)[:, None]
     order = torch.zeros(len(problems), C, dtype=torch.int64, device=like.device)
+    for i, given in enumerate(orders or ()):
+        order[i, : len(given)] = given.to(order)
     added = like.new_zeros(len(problems), C)
     for step in range(C):
         pivots = torch.maximum(M[:, :C].diagonal(dim1=1, dim2=2), bound)
         costs = M[:, C:].square().sum(dim=1) / pivots
         scores = torch.zeros_like(added).index_add_(0, owner, costs)
-        added[:, step], order[:, step] = scores.masked_fill_(~alive, torch.inf).min(dim=1)
+        scores.masked_fill_(~alive, torch.inf)
+        if orders is None:
+            added[:, step], order[:, step] = scores.min(dim=1)
+        else:
+            added[:, step] = scores.gather(1, order[:, step, None])[:, 0]
         alive.scatter_(1, order[:, step, None], False)
         j = order[owner, step][:, None, None]
         column = M.gather(2, j.expand(-1, C + R, 1)) / pivots.gather(1, j[:, :, 0])[:, :, None]

@@ -17,8 +17,11 @@ NERF_WIDTHS = {
 }
 
 
-def nerf_graph() -> LayerGraph:
-    """The original NeRF: 8 layers, the point joined again after layer 4, two heads."""
+def nerf_graph(branch: bool = False) -> LayerGraph:
+    """The original NeRF: 8 layers, the point joined again after layer 4, two heads.
+
+    With `branch`, the feature layer and the view branch are prunable too.
+    """
     trunk = [
         Layer(
             f"trunk.{i}",
@@ -33,8 +36,8 @@ def nerf_graph() -> LayerGraph:
         (
             *trunk,
             Layer("density", ("trunk.7",), relu=False, prunable=False),
-            Layer("feature", ("trunk.7",), relu=False, prunable=False),
-            Layer("view", ("feature", "direction"), relu=True, prunable=False),
+            Layer("feature", ("trunk.7",), relu=False, prunable=branch),
+            Layer("view", ("feature", "direction"), relu=True, prunable=branch),
             Layer("rgb", ("view",), relu=False, prunable=False),
         ),
     )
