@@ -35,10 +35,13 @@ from pruning.gradients import GRADIENT_MOMENTS, collect_gradients
 from pruning.moments import MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
 from pruning.pipeline import Pruned, moments_for_budget, prune, shrink
+from pruning.quantization import SCHEMES, Quantized, Scheme, balance, quantize
 from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, needs_gradients, score
 from pruning.selection import keep_mask, removed_count, select
+from pruning.simplify import merge_linear
 from pruning.size import bytes_of, mebibytes, nonzero_parameters
 from pruning.sizing import BUDGETED, Sizing, cost_of, top, widths_within
+from pruning.sparsity import SPARSE, Sparsified, sparsify, stored_bits
 from pruning.surgery import mask, remove
 
 __all__ = [
@@ -49,6 +52,8 @@ __all__ = [
     "GRADIENT_MOMENTS",
     "MOMENTS",
     "PRICES",
+    "SCHEMES",
+    "SPARSE",
     "Budget",
     "BudgetError",
     "CalibrationBatch",
@@ -66,14 +71,18 @@ __all__ = [
     "Price",
     "Pruned",
     "PruningError",
+    "Quantized",
     "RatioError",
+    "Scheme",
     "ScoredLayer",
     "Seen",
     "Sizing",
+    "Sparsified",
     "Statistics",
     "StatisticsError",
     "Widths",
     "allocate",
+    "balance",
     "bytes_of",
     "cells",
     "check_ratio",
@@ -88,17 +97,21 @@ __all__ = [
     "keep_mask",
     "mask",
     "mebibytes",
+    "merge_linear",
     "moments_for",
     "moments_for_budget",
     "needs_gradients",
     "nonzero_parameters",
     "prune",
+    "quantize",
     "remove",
     "removed_count",
     "score",
     "select",
     "sequential",
     "shrink",
+    "sparsify",
+    "stored_bits",
     "top",
     "widths_within",
 ]
