@@ -5,8 +5,8 @@ after paying for the index that says which entries are left, and a plain matrix 
 faster, so these methods are here to be compared with the others honestly.
 
 A method is one function (W, what the layer reads, pattern) → (keep mask, weights). A new one is one
-function and one line in `SPARSE`. Exactly as many weights go as were asked for, also under ties (the
-lowest index first).
+function and one line in `SPARSE`. Exactly as many weights go as were asked for, also under ties
+(the lowest index first); SparseGPT counts in each of its blocks.
 
 Letters: W a layer's weight (out × in), i an output, j an input, x what the layer reads, p the ratio
 of weights to remove, N:M at most N of M consecutive inputs kept.
@@ -57,7 +57,8 @@ class Pattern:
         n, _, m = wanted.partition(":")
         if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
             raise PruningError(
-                f"a pattern is a ratio in [0, 1) or N:M with 0 < N < M such as '2:4', got {wanted!r}"
+                "a pattern is a ratio in [0, 1), or N:M with 0 < N < M such as '2:4'; "
+                f"got {wanted!r}"
             )
         return cls(1 - int(n) / int(m), int(n), int(m))
 
