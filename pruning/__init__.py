@@ -31,8 +31,8 @@ from pruning.elimination import (
     elimination_paths,
 )
 from pruning.errors import BudgetError, PruningError, RatioError, StatisticsError
-from pruning.gradients import GRADIENT_MOMENTS, collect_gradients
-from pruning.moments import MOMENTS, Moment, Seen
+from pruning.gradients import collect_gradients
+from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
 from pruning.pipeline import Pruned, moments_for_budget, prune, shrink
 from pruning.quantization import SCHEMES, Quantized, Scheme, balance, quantize

@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pruning.errors import StatisticsError
-from pruning.moments import MOMENTS, Moment, Seen, is_maximum
+from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen, is_maximum
 from pruning.network import Layer, Network
 from pruning.registry import lookup
 
@@ -173,9 +173,14 @@ class Statistics:
                 f"no statistics of layer {layer!r}; there are those of {list(self.sums)}"
             )
         if moment not in self.sums[layer]:
+            how = (
+                "it needs a loss: use collect_gradients()"
+                if moment in GRADIENT_MOMENTS
+                else f"pass moments=({moment!r}, …) to collect()"
+            )
             raise StatisticsError(
                 f"moment {moment!r} of layer {layer!r} was not collected, only "
-                f"{list(self.sums[layer])}; pass moments=({moment!r}, …) to collect()"
+                f"{list(self.sums[layer])}; {how}"
             )
         if not self.weight > 0:
             raise StatisticsError(

@@ -102,10 +102,12 @@ class Reading:
     energy: float
 
 
-Balance = Literal["rows", "readers", "none"]
+Balance = Literal["rows", "readers", "layer", "none"]
 """How the errors of a layer's readers are put together: ``rows`` divides the sum of all their
 errors by the sum of all their variances, ``readers`` does so for each reader and adds (a density
-head with one output counts as much as a layer with 256), ``none`` only adds."""
+head with one output counts as much as a layer with 256), ``layer`` divides by e(0), so that every
+layer counts 1 when all of it is gone (behind a skip the variance is partly the skip's), ``none``
+only adds."""
 
 
 def elimination_path(
@@ -200,7 +202,8 @@ def elimination_paths(
         orders = [torch.argsort(scores[name][layer], stable=True) for name, layer in readings]
     found = _eliminate(list(readings.values()), orders)
     for (name, layer), path in zip(readings, found, strict=True):
-        energy = 1.0 if balance == "none" else sum(r.energy for r in readings[name, layer])
+        energy = sum(r.energy for r in readings[name, layer])
+        energy = {"none": 1.0, "layer": float(path.errors[0])}.get(balance, energy)
         paths[name][layer] = Path(path.order, path.errors / energy if energy > 0 else path.errors)
     return paths
 

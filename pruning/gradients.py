@@ -31,9 +31,6 @@ Loss = Callable[[Mapping[str, Tensor], CalibrationBatch], Tensor]
 Whatever else the loss needs, photos and sample positions say, a subclass of `CalibrationBatch`
 can carry."""
 
-GRADIENT_MOMENTS = ("taylor", "taylor_square", "fisher")
-"""What is collected: E[a·g] and E[(Σ_run a·g)²] of the prunable layers, and E[(∂L/∂z)²] of all."""
-
 
 def collect_gradients(
     network: Network,

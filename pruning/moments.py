@@ -139,6 +139,11 @@ MOMENTS: dict[str, Moment] = {
 """What can be accumulated, by the name of its average."""
 
 
+GRADIENT_MOMENTS = ("taylor", "taylor_square", "fisher")
+"""What only `gradients.collect_gradients` collects: E[a·g] and E[(Σ_run a·g)²] of the outputs of
+the prunable layers, and E[(∂L/∂z)²] of those of all, before the activation."""
+
+
 def is_maximum(moment: str) -> bool:
     """Whether contributions are combined by their maximum (moments not in `MOMENTS` are sums)."""
     return moment in MOMENTS and MOMENTS[moment].combine == "max"

@@ -187,6 +187,35 @@ def pfp(sizing: Sizing) -> Widths:
     return _bisected(sizing, widths)
 
 
+def aap(sizing: Sizing, power: float = 2.0) -> Widths:
+    """Channels with s_j^p ≤ T · (the layer's share of all parameters) go, T bisected to the budget.
+
+    One round of the iterative method, to be given mean activations as scores: retraining and
+    rewinding between rounds is the business of whoever trains.
+
+    Source: Zhao et al. 2023 (adaptive activation-based pruning), sections 3.1 and 3.2.
+    """
+    cost = sizing.cost()
+    powers = {node: np.abs(sizing.score_of(node)) ** power for node in cost.dense}
+    counts = {
+        (name, layer): network.weights[layer].numel()
+        for name, network in sizing.networks.items()
+        for layer in network.graph.prunable()
+    }
+    share = {node: count / sum(counts.values()) for node, count in counts.items()}
+    highest = max(float(s.max(initial=0.0)) / share[node] for node, s in powers.items())
+
+    def widths(t: float) -> dict[Node, int]:
+        # t in [0, 1) runs over T from 0 to just under what removes all, finely near 0.
+        T = highest * (2.0 ** (40 * t) - 1) / 2.0**40 * (1 + 1e-9)
+        return {
+            node: max(1, int((s > T * share[node]).sum()) if T else len(s))
+            for node, s in powers.items()
+        }
+
+    return _bisected(sizing, widths)
+
+
 def by_ratio(sizing: Sizing, allocation: str) -> Widths:
     """An allocation of ratios (uniform, a ramp), the same in each network, p bisected."""
     function = lookup(ALLOCATIONS, allocation, "allocation")
@@ -218,6 +247,7 @@ class Budgeted:
 
 
 BUDGETED: dict[str, Budgeted] = {
+    "aap": Budgeted(aap, needs_scores=True),
     "chain": Budgeted(chain, needs_paths=True),
     "global": Budgeted(global_ranking, needs_scores=True),
     "greedy": Budgeted(greedy, needs_paths=True),

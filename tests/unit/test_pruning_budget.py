@@ -242,6 +242,16 @@ def test_lamp_by_hand() -> None:
     assert lamp_scores(scores).tolist() == [1 / 18, 4 / 17, 1.0, 4 / 17, 0.0]
 
 
+def test_aap_by_hand() -> None:
+    """Of 27 weights h0 has 9 and h1, where the input joins again, 18: shares ⅓ and ⅔."""
+    networks = {"": chain_of([3, 3])}
+    scores = {"": {"h0": torch.tensor([4.0, 1.0, 5.0]), "h1": torch.tensor([4.0, 3.0, 9.0])}}
+    # s²/share: 48 3 75 and 24 13.5 121.5
+    for channels, expected in ((5, (2, 3)), (4, (2, 2)), (3, (2, 1)), (2, (1, 1))):
+        sizing = Sizing(networks, Budget.of("channels", channels), scores)
+        assert tuple(widths_within("aap", sizing)[""].values()) == expected
+
+
 def test_global_ranking_by_hand() -> None:
     networks = {"": chain_of([3, 3])}
     scores = {"": {"h0": torch.tensor([9.0, 1.0, 5.0]), "h1": torch.tensor([2.0, 3.0, 4.0])}}

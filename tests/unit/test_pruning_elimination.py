@@ -161,6 +161,28 @@ def test_relative_errors_run_from_one_to_zero() -> None:
         assert float(path.errors[9]) == 0
 
 
+def test_errors_can_be_relative_to_the_layer_s_own_part() -> None:
+    own = elimination_paths({"": NETWORK}, {"": STATISTICS}, balance="layer")[""]
+    assert all(float(path.errors[0]) == 1 for path in own.values())
+
+
+def test_an_order_can_be_given() -> None:
+    given = {"": {n: torch.arange(9.0).flip(0) for n in NETWORK.graph.prunable()}}
+    paths = elimination_paths(
+        {"": NETWORK}, {"": STATISTICS}, scores=given, balance="none", damping=1e-13
+    )
+    path = paths[""]["trunk.2"]
+    assert path.order.tolist() == list(range(8, -1, -1))
+    x = next(
+        x
+        for layer, x, _ in NETWORK.activations(random_inputs(NETWORK, 200, seed=1))
+        if layer.name == "trunk.3"
+    )
+    for m in (2, 5, 8):
+        error = least_error(x, NETWORK.weights["trunk.3"], list(range(m)))
+        assert float(path.errors[m]) == pytest.approx(error, rel=1e-4, abs=1e-9)
+
+
 def test_readers_can_count_alike() -> None:
     """The density head with its one output against the feature layer with nine."""
     alike = elimination_paths({"": NETWORK}, {"": STATISTICS}, balance="readers")[""]["trunk.7"]
