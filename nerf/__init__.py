@@ -1,0 +1,1 @@
+"""The radiance field: scenes, cameras, networks, rendering, training, evaluation."""

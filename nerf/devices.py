@@ -68,9 +68,17 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     if precision not in PRECISIONS:
         raise DeviceError(f"unknown precision {precision!r}; allowed are {', '.join(PRECISIONS)}")
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    tf32 = precision == "tf32" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        # Without the cache: it would keep rounded weights until the block ends, and a training
+        # step inside the block would go on with those from before it.
+        with torch.autocast(
+            device.type,
+            dtype=torch.bfloat16,
+            enabled=precision == "bfloat16",
+            cache_enabled=False,
+        ):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -170,7 +170,19 @@ def error_map(
 def write_video(
     path: Path, frames: list[Float[np.ndarray, "height width 3"]], frames_per_second: int
 ) -> None:
-    """Write frames in [0, 1] as an mp4 (H.264)."""
+    """Write frames in [0, 1] as an mp4 (H.264).
+
+    H.264 needs even sides: an odd one gets its last row or column twice.
+    """
     stacked = np.stack([(f.clip(0.0, 1.0) * 255.0).round().astype(np.uint8) for f in frames])
+    _, height, width, _ = stacked.shape
+    stacked = np.pad(stacked, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, stacked, extension=".mp4", fps=frames_per_second, codec="libx264")
+    iio.imwrite(
+        path,
+        stacked,
+        extension=".mp4",
+        fps=frames_per_second,
+        codec="libx264",
+        macro_block_size=1,
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812  PyTorch itself writes it so
 
 from nerf.encoding import encode, encoded_width
 
@@ -188,7 +188,7 @@ class NerfModel:
     ) -> "NerfModel":
         """Fresh networks; the same seed gives the same weights on every device."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone
             model = cls(Field(shape), Field(shape), samples)
         return model.to(device)
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,8 +16,32 @@ from torch import Tensor
 from nerf.errors import CheckpointError
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: gives a path beside it, which takes its place at the end.
+
+    Raises:
+        CheckpointError: the file cannot be written; what was there before is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot write {path}: {reason}; free space or choose another folder"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
@@ -30,7 +55,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Args:
         path: the file.
         tensors: by name.
-        metadata: plain data by name, kept as JSON; a digest of the tensors is added.
+        metadata: plain data by name, kept as JSON; a digest of it all is added.
 
     Returns:
         The size of the file in bytes.
@@ -40,23 +65,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {name: json.dumps(value, separators=(",", ":")) for name, value in metadata.items()}
-    header["sha256"] = _digest(plain)
+    header["sha256"] = _digest(plain, header)
     data = serialize(plain, header)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
     return len(data)
 
 
@@ -80,9 +92,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     expected = header.pop("sha256", None)
     if expected is None:
         raise CheckpointError(f"{path} is a safetensors file, but not one that prunefield wrote")
-    if _digest(tensors) != expected:
+    if _digest(tensors, header) != expected:
         raise CheckpointError(
-            f"{path} is damaged: its tensors do not match their checksum; make or copy it again"
+            f"{path} is damaged: its contents do not match their checksum; make or copy it again"
         )
     try:
         return tensors, {name: json.loads(value) for name, value in header.items()}

@@ -5,9 +5,7 @@ Such a file is a `torch.save` of ``network_fn_state_dict`` (coarse), ``network_f
 ``weights_only=True``: tensors and plain containers, no code.
 """
 
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from nerf.encoding import encoded_width
 from nerf.errors import CheckpointError
 from nerf.field import Field, FieldShape, NerfModel, SampleCounts
+from nerf.files import replacing
 
 THEIR_NAMES = {
     "trunk": "pts_linears",
@@ -27,6 +26,7 @@ THEIR_NAMES = {
     "rgb": "rgb_linear",
 }
 MAX_OCTAVES = 32
+THEIR_SKIP = 4
 
 
 def import_tar(path: Path, samples: SampleCounts) -> tuple[NerfModel, dict[str, Any]]:
@@ -48,9 +48,9 @@ def import_tar(path: Path, samples: SampleCounts) -> tuple[NerfModel, dict[str, 
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it holds more than tensors and plain containers, so loading it "
-            "could run code; export the weights alone and try again"
+            "could run code (or it is damaged); export the weights alone, or copy it again"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a damaged pickle leads its reader into
         raise CheckpointError(
             f"{path} is not a readable PyTorch checkpoint ({error}); it may be truncated: "
             "copy it again"
@@ -66,17 +66,22 @@ def import_tar(path: Path, samples: SampleCounts) -> tuple[NerfModel, dict[str, 
         if isinstance(fine_state, dict)
         else _read_field(content["network_fn_state_dict"], str(path))
     )
-    info = {"source": "nerf-pytorch", "iterations": int(content.get("global_step", 0))}
-    return NerfModel(coarse, fine, samples), info
+    step = content.get("global_step", 0)
+    if not isinstance(step, int):
+        raise CheckpointError(f"{path}: global_step must be a whole number, got {step!r:.80}")
+    return NerfModel(coarse, fine, samples), {"source": "nerf-pytorch", "iterations": step}
 
 
 def export_tar(path: Path, model: NerfModel, iterations: int) -> None:
-    """Write a nerf-pytorch checkpoint (without optimiser state).
+    """Write a nerf-pytorch checkpoint.
+
+    nerf-pytorch does not start without an optimiser state, so the file holds that of a fresh Adam.
 
     Args:
         path: the ``.tar`` file.
         model: networks whose hidden layers all have one width W, with W feature channels and
-            W // 2 in the view branch: all that nerf-pytorch can build.
+            W // 2 in the view branch, and whose skip is after layer 4 (none in networks of up to
+            4 layers): all that nerf-pytorch can build.
         iterations: kept as ``global_step``.
 
     Raises:
@@ -86,18 +91,12 @@ def export_tar(path: Path, model: NerfModel, iterations: int) -> None:
         "global_step": iterations,
         "network_fn_state_dict": _write_field(model.coarse, "coarse"),
         "network_fine_state_dict": _write_field(model.fine, "fine"),
+        "optimizer_state_dict": torch.optim.Adam(
+            [*model.coarse.parameters(), *model.fine.parameters()], lr=5e-4
+        ).state_dict(),
     }
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+    with replacing(path) as temporary:
         torch.save(content, temporary)
-        Path(temporary).replace(path)
-    except (OSError, RuntimeError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def _their_name(ours: str) -> str:
@@ -115,7 +114,7 @@ def _read_field(state: Mapping[str, Any], where: str) -> Field:
         for name, wanted in field.state_dict().items()
         if not isinstance(found := ours[name], Tensor) or found.shape != wanted.shape
     ]
-    extra = sorted(set(state) - {_their_name(name) for name in ours})
+    extra = sorted(str(name) for name in state.keys() - {_their_name(name) for name in ours})
     if wrong or extra:
         raise CheckpointError(
             f"{where} has another shape than NeRF's network: "
@@ -168,11 +167,18 @@ def _infer_shape(state: Mapping[str, Any], where: str) -> FieldShape:
 
 
 def _write_field(field: Field, network: str) -> dict[str, Tensor]:
-    shape, width = field.shape, field.shape.trunk[0]
+    shape, width, depth = field.shape, field.shape.trunk[0], len(field.shape.trunk)
     if set(shape.trunk) != {width} or shape.feature != width or shape.view != width // 2:
         raise CheckpointError(
             f"the {network} network has hidden widths {shape.trunk}, {shape.feature} feature and "
             f"{shape.view} view channels; nerf-pytorch can only hold one width W everywhere, W "
             "features and W // 2 view channels: export safetensors instead"
+        )
+    if shape.skip != (THEIR_SKIP if depth > THEIR_SKIP else None):
+        raise CheckpointError(
+            f"the {network} network has {depth} hidden layers and joins the point again after "
+            f"layer {shape.skip}; nerf-pytorch does so after layer {THEIR_SKIP}, in networks of 6 "
+            f"layers or more, and not at all in those of up to {THEIR_SKIP}: export safetensors "
+            "instead"
         )
     return {_their_name(name): t.detach().cpu().clone() for name, t in field.state_dict().items()}

@@ -8,7 +8,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812  PyTorch itself writes it so
 
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5

@@ -66,10 +66,11 @@ def render_weights(
     Source: Mildenhall et al. 2020, eq. 3.
     """
     delta = torch.cat((t[:, 1:] - t[:, :-1], torch.full_like(t[:, :1], LAST_DISTANCE)), dim=-1)
-    alpha = 1.0 - torch.exp(-torch.relu(density) * delta * direction_lengths[:, None])
-    passed = torch.cumprod(1.0 - alpha + 1e-10, dim=-1)
-    transmittance = torch.cat((torch.ones_like(passed[:, :1]), passed[:, :-1]), dim=-1)
-    return alpha * transmittance
+    depth = torch.relu(density) * delta * direction_lengths[:, None]
+    # T = exp(−Σ σδ), not the product of (1 − α): the gradient of a product makes the GPU wait for
+    # Python to look for zeros.
+    before = torch.cat((torch.zeros_like(depth[:, :1]), depth[:, :-1].cumsum(dim=-1)), dim=-1)
+    return (1.0 - torch.exp(-depth)) * torch.exp(-before)
 
 
 def evaluate_pass(

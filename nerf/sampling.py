@@ -63,7 +63,7 @@ def importance(
     bins = 0.5 * (t[:, 1:] + t[:, :-1])
     density = render_weights[:, 1:-1].detach() + 1e-5
     density = density / density.sum(dim=-1, keepdim=True)
-    cdf = torch.cat((torch.zeros_like(density[:, :1]), density.cumsum(dim=-1)), dim=-1)
+    cdf = torch.cat((torch.zeros_like(render_weights[:, :1]), density.cumsum(dim=-1)), dim=-1)
     if generator is None:
         u = torch.linspace(0.0, 1.0, n_samples, device=t.device, dtype=t.dtype)
         u = u.expand(len(t), n_samples)

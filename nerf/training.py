@@ -4,13 +4,15 @@ The same scene, shape, recipe and seed give the same run, interrupted or not: wh
 sees follows from the seed and its number, and the state that is saved holds the random generator.
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nerf.cameras import Rays, view_rays
@@ -18,9 +20,16 @@ from nerf.devices import PRECISIONS, Precision, arithmetic
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.files import read_tensors, write_tensors
+from nerf.graphs import StepGraph
 from nerf.metrics import psnr
 from nerf.rendering import RenderSettings, render_rays
 from nerf.scenes.scene import Scene
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "eager"]
+# Steps that run eagerly before one is captured: libraries load and memory pools fill meanwhile.
+STEPS_BEFORE_CAPTURE = 5
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Recipe:
 
     Attributes:
         iterations: optimiser steps.
-        rays: rays an iteration, drawn from all training views, each once an epoch.
+        rays: rays an iteration, drawn from all training views, each at most once an epoch.
         learning_rate: of Adam, at the start.
         decay: factor by which the learning rate falls every `decay_iterations`, exponentially.
         decay_iterations: see `decay`.
@@ -51,7 +60,7 @@ class Recipe:
         for name in ("iterations", "rays", "learning_rate", "decay", "decay_iterations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        if self.density_noise < 0:
+        if not self.density_noise >= 0:
             raise ValueError(f"density_noise must not be negative, got {self.density_noise!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
@@ -79,7 +88,8 @@ class Progress:
 class RayPool:
     """All training rays of a scene with their colours, on one device.
 
-    An epoch is a seeded permutation of them; iteration i takes the i-th batch of it.
+    An epoch is a seeded permutation of them, cut into whole batches; the few rays that are left
+    over sit that epoch out. Iteration i takes the i-th batch.
     """
 
     def __init__(self, scene: Scene, device: torch.device) -> None:
@@ -97,14 +107,18 @@ class RayPool:
 
     def batch(self, seed: int, iteration: int, size: int) -> tuple[Rays, Float[Tensor, "rays 3"]]:
         """The rays and colours of one iteration."""
+        picked = self.pick(seed, iteration, size)
+        return self.rays[picked], self.colors[picked]
+
+    def pick(self, seed: int, iteration: int, size: int) -> Int[Tensor, " rays"]:
+        """The numbers of the rays of one iteration."""
         size = min(size, len(self))
         epoch, place = divmod(iteration, len(self) // size)
         if self._order is None or self._order[0] != (seed, epoch):
             generator = torch.Generator().manual_seed(_mix(seed, epoch))
             order = torch.randperm(len(self), generator=generator)
             self._order = ((seed, epoch), order.to(self.colors.device))
-        picked = self._order[1][place * size : (place + 1) * size]
-        return self.rays[picked], self.colors[picked]
+        return self._order[1][place * size : (place + 1) * size]
 
 
 def _mix(seed: int, number: int) -> int:
@@ -127,11 +141,13 @@ class Trainer:
         recipe: Recipe,
         seed: int,
         device: torch.device | None = None,
+        backend: Backend = "auto",
     ) -> None:
         self.recipe = recipe
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.settings = RenderSettings(scene.near, scene.far, scene.white_background)
+        self._on_gpu = self.device.type == "cuda"
         self.model = NerfModel.create(shape, samples, seed).to(self.device)
         self.pool = RayPool(scene, self.device)
         self.iteration = 0
@@ -142,11 +158,17 @@ class Trainer:
         ]
         self._optimizer = torch.optim.Adam(
             [parameter for _, parameter in self._parameters],
-            lr=recipe.learning_rate,
+            # In a tensor of the device, a captured step reads it anew each time.
+            lr=torch.tensor(recipe.learning_rate, device=self.device)
+            if self._on_gpu
+            else recipe.learning_rate,
             betas=(0.9, 0.999),
             eps=1e-8,
             fused=True,
+            capturable=self._on_gpu,
         )
+        self._may_capture = self._on_gpu and backend == "auto"
+        self._reset_capture()
         self._generator = torch.Generator(self.device).manual_seed(_mix(seed, 2**31))
 
     @property
@@ -161,18 +183,44 @@ class Trainer:
 
     def step(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """One iteration; gives the coarse and the fine MSE without waiting for the device."""
-        rays, colors = self.pool.batch(self.seed, self.iteration, self.recipe.rays)
+        picked = self.pool.pick(self.seed, self.iteration, self.recipe.rays)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            if self._on_gpu:
+                group["lr"].fill_(self.learning_rate())
+            else:
+                group["lr"] = self.learning_rate()
+        if self._eager_steps_left == 0:
+            self._capture(picked)
+        self._eager_steps_left -= 1
+        losses = self._update(picked) if self._graph is None else self._graph(picked)
+        self.iteration += 1
+        return losses
+
+    def _reset_capture(self) -> None:
+        self._graph: StepGraph | None = None
+        self._eager_steps_left = STEPS_BEFORE_CAPTURE if self._may_capture else -1
+
+    def _capture(self, picked: Int[Tensor, " rays"]) -> None:
+        torch.cuda.synchronize(self.device)
+        random_state = self._generator.get_state()
+        try:
+            self._graph = StepGraph(self._update, picked, self._generator)
+        except RuntimeError as error:
+            # A failed capture leaves its generator unusable.
+            self._generator = torch.Generator(self.device)
+            self._generator.set_state(random_state)
+            log.warning("training without a CUDA graph, which is slower: %s", error)
+
+    def _update(self, picked: Int[Tensor, " rays"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        rays, colors = self.pool.rays[picked], self.pool.colors[picked]
         coarse, fine = render_rays(
             self.model, rays, self.settings, self._generator, self.recipe.density_noise
         )
         coarse_mse = (coarse.rgb - colors).square().mean()
         fine_mse = (fine.rgb - colors).square().mean()
         self._optimizer.zero_grad(set_to_none=True)
-        (coarse_mse + fine_mse).backward()  # type: ignore[no-untyped-call]
+        (coarse_mse + fine_mse).backward()
         self._optimizer.step()
-        self.iteration += 1
         return coarse_mse.detach(), fine_mse.detach()
 
     def advance(self, iterations: int) -> Progress:
@@ -181,6 +229,8 @@ class Trainer:
         Raises:
             TrainingError: the loss became NaN or infinite.
         """
+        if self._on_gpu:
+            torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         count = min(iterations, self.recipe.iterations - self.iteration)
         coarse_sum = torch.zeros((), device=self.device)
@@ -227,14 +277,29 @@ class Trainer:
         iteration = metadata.get("iteration")
         if metadata.get("seed") != self.seed or not isinstance(iteration, int):
             raise CheckpointError(f"{path} is not a state of this training (seed {self.seed})")
+        # Everything is checked before anything is changed, so that a training whose state cannot
+        # be used can still begin from the start.
+        kinds = ("weights", "first", "second") if iteration > 0 else ("weights",)
+        wanted = {f"{kind}.{name}": p.shape for kind in kinds for name, p in self._parameters}
+        found = {name: t.shape for name, t in tensors.items() if name != "generator"}
+        wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        if wrong:
+            raise CheckpointError(
+                f"{path} is a state of networks of another shape: {', '.join(wrong[:3])}"
+            )
+        try:
+            torch.Generator(self.device).set_state(tensors["generator"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} holds the random state of another kind of device; it can only be "
+                f"continued where it was begun, not on {self.device} ({error})"
+            ) from error
+        self._generator.set_state(tensors["generator"])
         state = {}
         for index, (name, parameter) in enumerate(self._parameters):
-            weights = tensors.get(f"weights.{name}")
-            if weights is None or weights.shape != parameter.shape:
-                raise CheckpointError(f"{path} is of a network of another shape ({name})")
             with torch.no_grad():
-                parameter.copy_(weights)
-            if f"first.{name}" in tensors:
+                parameter.copy_(tensors[f"weights.{name}"])
+            if iteration > 0:
                 state[index] = {
                     "step": torch.tensor(float(iteration)),
                     "exp_avg": tensors[f"first.{name}"],
@@ -242,11 +307,5 @@ class Trainer:
                 }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        try:
-            self._generator.set_state(tensors["generator"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} holds the random state of another kind of device; it can only be "
-                f"continued where it was begun, not on {self.device} ({error})"
-            ) from error
+        self._reset_capture()
         self.iteration = iteration

@@ -1,0 +1,1 @@
+"""The sweep: from a YAML file to a Pareto report."""

@@ -48,8 +48,8 @@ def network_of(field: Field) -> Network:
     names = [spec.name for spec in field.shape.layers()]
     return Network(
         graph_of(field.shape),
-        {name: modules[name].weight.detach() for name in names},  # type: ignore[union-attr,operator]
-        {name: modules[name].bias.detach() for name in names},  # type: ignore[union-attr,operator]
+        {name: modules[name].weight.detach() for name in names},
+        {name: modules[name].bias.detach() for name in names},
     )
 
 

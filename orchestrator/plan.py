@@ -13,9 +13,10 @@ from typing import Any
 from nerf.scenes import scene_fingerprint, training_view_count
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
+from orchestrator.keys import content_key
 from orchestrator.spec import PruneGrid, Sweep
 from orchestrator.spec.sweep import NetworkScope, Schedule
-from orchestrator.store import Store, content_key
+from orchestrator.store import Store
 from pruning import ALLOCATIONS, CRITERIA
 
 # Part of every key: raised when a change of the code changes results.
@@ -197,7 +198,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
     have = {kind: store.keys(kind) for kind in ("checkpoint", "training", "statistics", "trial")}
     trainings, calibrations, trials = [], [], []
     combinations = 0
-    configs = {}
+    configs: dict[TrialConfig, None] = {}  # an ordered set
     for grid in sweep.grids:
         for config in _configs(grid, len(sweep.shape.trunk), view_count):
             combinations += 1

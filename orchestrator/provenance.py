@@ -1,5 +1,6 @@
 """Where a result comes from: commit, hardware, versions."""
 
+import os
 import platform
 import socket
 import subprocess
@@ -12,6 +13,8 @@ import torch
 
 from nerf.devices import describe_device
 from orchestrator.results import Provenance
+
+COMMIT_VARIABLE = "PRUNEFIELD_COMMIT"
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,27 @@ class Origin:
 
 def versions() -> dict[str, str]:
     """Versions of Python, PyTorch and prunefield."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "prunefield": package_version(),
+    }
+
+
+def package_version() -> str:
+    """The installed version of prunefield."""
     try:
-        own = metadata.version("prunefield")
+        return metadata.version("prunefield")
     except metadata.PackageNotFoundError:
-        own = "uninstalled"
-    return {"python": platform.python_version(), "torch": torch.__version__, "prunefield": own}
+        return "uninstalled"
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit checked out around a folder, or None."""
+    """The commit checked out around a folder, or None.
+
+    Where the code was copied without its repository (an image, a cluster), ``PRUNEFIELD_COMMIT``
+    may name it.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -70,5 +85,5 @@ def git_commit(folder: Path) -> str | None:
 
     commit = git("rev-parse", "--short=12", "HEAD")
     if commit is None:
-        return None
+        return os.environ.get(COMMIT_VARIABLE)
     return commit + ("+dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

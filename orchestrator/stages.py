@@ -1,8 +1,7 @@
 """The three stages of a sweep, as one worker does them: train, calibrate, prune.
 
-Each is a generator: it yields what it is doing now and then, so that whoever drives it can report,
-stop and check on it, and leaves its result in the store. Nothing here knows about Ray: a loop over
-a generator is all it takes to run a stage.
+Each leaves its result in the store. Training is a generator that yields where it stands now and
+then, so that whoever drives it can report and stop it. Nothing here knows about Ray.
 """
 
 import json
@@ -93,6 +92,11 @@ class Workbench:
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
 
     # --- what stays loaded -----------------------------------------------------------------
+
+    @property
+    def loaded_model(self) -> str | None:
+        """Key of the model that is loaded."""
+        return None if self._model is None else self._model[0]
 
     def scene(self) -> Scene:
         """The scene, decoded once."""
@@ -253,9 +257,8 @@ class Workbench:
 
     # --- calibrate -------------------------------------------------------------------------
 
-    def calibrate(self, calibration: Calibration, watch: Stopwatch) -> Iterator[Update]:
+    def calibrate(self, calibration: Calibration, watch: Stopwatch) -> None:
         """Collect the statistics of every set size of one model and seed, in one pass."""
-        yield {}
         with watch.during("load"):
             model, scene = self.model(calibration.training), self.scene()
         criteria = {name for grid in self.sweep.grids for name in grid.criteria}
@@ -280,9 +283,10 @@ class Workbench:
 
     # --- prune -----------------------------------------------------------------------------
 
-    def prune(self, trial: Trial, watch: Stopwatch) -> Iterator[Update]:
+    def prune(self, trial: Trial, watch: Stopwatch) -> None:
         """Prune one model and evaluate what is left."""
-        yield {}
+        if self.store.has("trial", trial.key):
+            return
         config = trial.config
         with watch.during("load"):
             dense = self.model(trial.training)
@@ -373,13 +377,16 @@ def prune_model(
     """
     fields: dict[str, Field] = dense.networks()
     pruned = {}
-    for name in fields if scope == "both" else (scope,):
+    # Layers of both networks have the same names: without its own seed, the random criterion would
+    # remove the same channels from both.
+    seeds = {name: None if seed is None else 2 * seed + i for i, name in enumerate(fields)}
+    for name in list(fields) if scope == "both" else [scope]:
         pruned[name] = prune(
             network_of(fields[name]),
             layer_ratios,
             criterion,
             None if statistics is None else statistics[name],
-            seed,
+            seeds[name],
         )
         fields[name] = field_of(pruned[name].network, fields[name].shape)
     return NerfModel(fields["coarse"], fields["fine"], dense.samples), pruned

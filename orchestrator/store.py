@@ -5,7 +5,7 @@
     <root>/
       scenes/<fingerprint>/            scenes that prunefield makes itself (the demo)
       running/<key>/                   the state of a training under way
-      checkpoints/<key>/               a trained model: model.safetensors, state.safetensors, record.json
+      checkpoints/<key>/               a trained model: model and optimiser state, record.json
       trainings/<key>/                 its evaluation, dense: renders/, record.json
       statistics/<key>/                calibration statistics of one model and calibration set
       trials/<key>/                    model.safetensors, renders/, record.json
@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,6 @@ FOLDERS = {
     "statistics": "statistics",
     "trial": "trials",
 }
-
-
-def content_key(data: Mapping[str, Any]) -> str:
-    """A short content address: the first 16 hex digits of the SHA-256 of canonical JSON."""
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:

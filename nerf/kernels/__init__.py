@@ -1,0 +1,1 @@
+"""Accelerations: the same functions, faster; none of them is required."""

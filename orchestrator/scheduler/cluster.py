@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
 from orchestrator.errors import ClusterError
 from orchestrator.log import logger
+from orchestrator.scheduler.queue import LANE
 from orchestrator.spec import Resources, StageResources
 
 LOOPBACK = "127.0.0.1"
@@ -92,8 +93,7 @@ def requests(resources: Resources) -> dict[str, dict[str, float]]:
     """
     wanted = {
         "train": _request("train", resources.train),
-        "calibrate": _request("prune", resources.prune),
-        "prune": _request("prune", resources.prune),
+        LANE: _request("prune", resources.prune),
     }
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for stage, request in wanted.items():
@@ -105,6 +105,12 @@ def requests(resources: Resources) -> dict[str, dict[str, float]]:
                 "run without GPUs, or add a node"
             )
     return wanted
+
+
+def capacity(request: Mapping[str, float]) -> int:
+    """How many workers of a kind the whole cluster can hold at once."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(int(min(n.get(k, 0.0) / v for k, v in request.items())) for n in nodes))
 
 
 def _request(stage: str, resources: StageResources) -> dict[str, float]:

@@ -11,7 +11,6 @@ import ray
 from ray.actor import ActorHandle
 
 
-@ray.remote(num_cpus=0)
 class _Board:
     def __init__(self) -> None:
         self._references: dict[str, Any] = {}
@@ -31,7 +30,7 @@ class Exchange:
     """
 
     def __init__(self, board: ActorHandle | None = None) -> None:
-        self._board = board or _Board.remote()
+        self._board = board or ray.remote(num_cpus=0)(_Board).remote()
 
     def __reduce__(self) -> tuple[type["Exchange"], tuple[ActorHandle]]:
         return (Exchange, (self._board,))

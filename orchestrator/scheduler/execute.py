@@ -1,5 +1,6 @@
 """Run a plan on Ray Tune."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -12,12 +13,13 @@ from ray import tune
 
 from orchestrator.errors import StoreError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, Plan, Training, Trial
+from orchestrator.plan import Calibration, Plan, Training
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Provenance, Record
-from orchestrator.scheduler.cluster import connected, requests
+from orchestrator.scheduler.cluster import capacity, connected, requests
+from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
-from orchestrator.scheduler.queue import KIND, Node, PlanQueue
+from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
 from orchestrator.scheduler.worker import StageTrainable
 from orchestrator.store import Store
 
@@ -26,6 +28,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_INIT": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the store is the truth; Tune's snapshot is not read
     "TUNE_RESULT_BUFFER_LENGTH": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the queue orders nothing by a metric
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -33,13 +36,13 @@ TUNE_ENVIRONMENT = {
 class Listener(Protocol):
     """Something that wants to know how a sweep goes."""
 
-    def progress(self, kind: str, key: str, report: Mapping[str, Any]) -> None:
-        """A node reports while it runs (a training: iteration, loss, rate …)."""
+    def progress(self, training: Training, report: Mapping[str, Any]) -> None:
+        """A training reports where it stands: iteration, loss, train_psnr, rate."""
 
     def started(self, total: int) -> None:
         """So many nodes are about to run."""
 
-    def ended(self, kind: str, record: Record | None) -> None:
+    def ended(self, record: Record | None) -> None:
         """A node ended; calibrations that succeed leave no record."""
 
 
@@ -74,19 +77,19 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
     audience = tuple(listeners)
     failures: list[Record] = []
 
-    def on_progress(kind: str, key: str, report: dict[str, Any]) -> None:
+    def on_progress(training: Training, report: dict[str, Any]) -> None:
         for listener in audience:
-            listener.progress(kind, key, report)
+            listener.progress(training, report)
 
-    def on_end(node: Node, succeeded: bool, report: dict[str, Any]) -> None:
-        record = _record_of(node, succeeded, report, store, origin)
+    def on_end(node: Node, failure: Failure | None) -> None:
+        record = _record_of(node, failure, store, origin)
         if record is not None and record.failure is not None:
             failures.append(record)
             store.write_failure(record)
         elif record is not None:
             store.clear_failure(record.key)
         for listener in audience:
-            listener.ended(KIND[type(node)], record)
+            listener.ended(record)
 
     queue = PlanQueue(plan, on_progress, on_end)
     for listener in audience:
@@ -95,16 +98,16 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
         return Outcome((), interrupted=False)
     with connected():
         _fit(plan, store, origin, queue)
-    return Outcome(tuple(failures), interrupted=any(True for _ in queue.unfinished()))
+    return Outcome(tuple(failures), interrupted=queue.total > 0)
 
 
 def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
     wanted = requests(plan.sweep.resources)
-    nodes: dict[tuple[str, str], Node] = {
-        (KIND[type(node)], node.key): node
-        for node in (*plan.trainings, *plan.calibrations, *plan.trials)
-    }
-    exchange = Exchange()
+    everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
+    nodes: dict[Item, Node] = {item_of(node): node for node in everything}
+    exchange, dispatcher = Exchange(), Dispatcher(plan.sweep.resources.retries)
+    lanes = capacity(wanted[LANE])
+    queue.connect(dispatcher, lanes)
     trainable = tune.with_resources(
         tune.with_parameters(
             StageTrainable,
@@ -113,17 +116,21 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
             origin=origin,
             nodes=nodes,
             exchange=exchange,
+            dispatcher=dispatcher,
         ),
         lambda config: tune.PlacementGroupFactory([wanted[config["kind"]]]),
     )
     scratch = tempfile.mkdtemp(prefix="tune.", dir=store.root / "tmp")
     try:
-        with _environment(TUNE_ENVIRONMENT):
+        # So many may start at once: otherwise lanes would start one after another.
+        pending = str(lanes + len(plan.trainings))
+        with (
+            _quiet("ray.tune"),
+            _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}),
+        ):
             tune.Tuner(
                 trainable,
-                tune_config=tune.TuneConfig(
-                    search_alg=queue, num_samples=queue.total, reuse_actors=True
-                ),
+                tune_config=tune.TuneConfig(search_alg=queue, num_samples=-1, reuse_actors=True),
                 run_config=tune.RunConfig(
                     name=plan.sweep.name,
                     storage_path=scratch,
@@ -133,42 +140,47 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
             ).fit()
     finally:
         exchange.close()
+        dispatcher.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _record_of(
-    node: Node, succeeded: bool, report: dict[str, Any], store: Store, origin: Origin
-) -> Record | None:
+def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin) -> Record | None:
     """The record of a node that ended: the one its worker wrote, or its failure."""
-    if succeeded:
+    stage = KIND[type(node)]
+    if failure is None:
         if isinstance(node, Calibration):
             return None
         kind = "training" if isinstance(node, Training) else "trial"
-        key = node.result if isinstance(node, Training) else node.key
         try:
-            return store.read_record(kind, key)
+            return store.read_record(kind, node.result if isinstance(node, Training) else node.key)
         except StoreError as error:
-            report = {"failure": {"stage": "write", "reason": str(error)}}
-    stage = KIND[type(node)]
-    failure = report.get("failure") or {
-        "stage": stage,
-        "reason": "its worker died more often than `resources.retries` allows",
-    }
-    logger.warning("%s %s failed in %s: %s", stage, node.key, failure["stage"], failure["reason"])
-    is_trial = isinstance(node, Trial)
+            failure = Failure("write", str(error))
+    logger.warning("%s %s failed in %s: %s", stage, node.key, failure.stage, failure.reason)
+    if isinstance(node, Calibration):
+        return None  # the trials that needed it are recorded as failed
     return Record(
-        kind="trial" if is_trial else "training",
+        kind="training" if isinstance(node, Training) else "trial",
         key=node.result if isinstance(node, Training) else node.key,
         training=node.key if isinstance(node, Training) else node.training,
-        config=node.config.flat()
-        if isinstance(node, Trial)
-        else (node.config if isinstance(node, Training) else {"seed": node.seed}),
+        config=node.config if isinstance(node, Training) else node.config.flat(),
         metrics={},
         views=(),
         widths={},
         provenance=Provenance(origin.commit, "", "", origin.versions, "", {}),
-        failure=Failure(failure["stage"], failure["reason"]),
+        failure=failure,
     )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Only errors of a logger: Tune warns about the log files that we told it not to write."""
+    noisy = logging.getLogger(name)
+    before = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
 
 
 @contextmanager

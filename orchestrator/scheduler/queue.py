@@ -1,122 +1,189 @@
 """What may run next: a search algorithm of Ray Tune that follows a plan.
 
-Trainings are handed out first. A model's calibrations and prunings follow as soon as that model is
-ready, while other models still train; a pruning that needs statistics waits for them. Tune asks
-for one configuration after another and is told "none yet" while everything left has to wait.
+A Tune trial is either one training or one *lane*: a worker that takes calibrations and prunings
+from the dispatcher, one after another, until there are none. Trainings are handed out first. A
+model's calibrations and prunings go to the dispatcher as soon as that model is ready, while other
+models still train; a pruning that needs statistics waits for them. Tune asks for one configuration
+after another and is told "none yet" while everything left has to wait.
+
+Why lanes: see docs/decisions/0002-lanes.md.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
 from orchestrator.plan import Calibration, Plan, Training, Trial
+from orchestrator.results import Failure
 
 Node = Training | Calibration | Trial
+Item = tuple[str, str]  # kind and key: enough for a worker to find the node
 KIND = {Training: "train", Calibration: "calibrate", Trial: "prune"}
+LANE = "lane"
 
 
-class PlanQueue(Searcher):
+def item_of(node: Node) -> Item:
+    """The kind and key of a node."""
+    return KIND[type(node)], node.key
+
+
+class Dispatch(Protocol):
+    """Where lanes get their work, see `orchestrator.scheduler.dispatch`."""
+
+    def offer(self, work: Iterable[tuple[str, Item]]) -> None:
+        """Add items, each with the key of the model it works on."""
+
+    def drop_lane(self, lane: str) -> None:
+        """Take back what a dead lane held."""
+
+
+class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
     """Hands out the nodes of a plan that the store does not hold yet.
 
     Args:
         plan: what to run.
-        on_progress: called with a node's kind, key and what it reports while it runs.
-        on_end: called with a node, whether it succeeded, and what it last reported.
+        on_progress: called with a training's key and what it reports while it runs.
+        on_end: called with a node and its failure, None if it succeeded.
     """
 
     def __init__(
         self,
         plan: Plan,
-        on_progress: Callable[[str, str, dict[str, Any]], None],
-        on_end: Callable[[Node, bool, dict[str, Any]], None],
+        on_progress: Callable[[Training, dict[str, Any]], None],
+        on_end: Callable[[Node, Failure | None], None],
     ) -> None:
-        super().__init__(metric="done_units", mode="max")
+        super().__init__(metric="done", mode="max")
         self._on_progress = on_progress
         self._on_end = on_end
-        self._ready: deque[Node] = deque()
-        self._running: dict[str, Node] = {}
+        self._dispatch: Dispatch | None = None
+        self._max_lanes = 1
+        self._lane_failures = 0
+        self._trainings: deque[Training] = deque()
+        self._to_offer: list[Node] = []
         self._waiting: dict[str, list[Node]] = {}
+        self._open: dict[Item, Node] = {}
+        self._trials: dict[str, Training | None] = {}  # Tune's id → training, None for a lane
         self._arrange(plan)
-        self.total = len(self._ready) + sum(len(nodes) for nodes in self._waiting.values())
 
     def _arrange(self, plan: Plan) -> None:
         """Sort what is missing into ready and waiting-for-a-key."""
-        trained = {t.key for t in plan.trainings if t.trained}
-        wanted_statistics = {t.statistics for t in plan.trials if not t.cached}
+        untrained = {t.key for t in plan.trainings if not t.trained}
+        wanted = {t.statistics for t in plan.trials if not t.cached}
         missing: set[str] = set()
         for training in plan.trainings:
             if not training.cached:
-                self._ready.append(training)
+                self._open[item_of(training)] = training
+                self._trainings.append(training)
         for calibration in plan.calibrations:
             keys = set(calibration.sets.values())
-            if calibration.cached or not keys & wanted_statistics:
-                continue
-            missing |= keys
-            self._place(
-                calibration, None if calibration.training in trained else calibration.training
-            )
+            if not calibration.cached and keys & wanted:
+                missing |= keys
+                self._place(calibration, {calibration.training} & untrained)
         for trial in plan.trials:
-            if trial.cached:
-                continue
-            if trial.statistics in missing:
-                self._place(trial, trial.statistics)
-            else:
-                self._place(trial, None if trial.training in trained else trial.training)
+            if not trial.cached:
+                needs = {trial.statistics} & missing or {trial.training} & untrained
+                self._place(trial, {key for key in needs if key is not None})
 
-    def _place(self, node: Node, waits_for: str | None) -> None:
-        if waits_for is None:
-            self._ready.append(node)
+    def _place(self, node: Node, waits_for: set[str]) -> None:
+        self._open[item_of(node)] = node
+        if waits_for:
+            self._waiting.setdefault(waits_for.pop(), []).append(node)
         else:
-            self._waiting.setdefault(waits_for, []).append(node)
+            self._to_offer.append(node)
+
+    @property
+    def total(self) -> int:
+        """Nodes that are neither done nor failed yet."""
+        return len(self._open)
+
+    def connect(self, dispatch: Dispatch, max_lanes: int) -> None:
+        """Say where lanes get their work and how many the cluster can hold."""
+        self._dispatch = dispatch
+        self._max_lanes = max_lanes
+        self._offer()
+
+    def _offer(self) -> None:
+        if self._dispatch is not None and self._to_offer:
+            self._dispatch.offer([(_model_of(node), item_of(node)) for node in self._to_offer])
+            self._to_offer.clear()
 
     # --- what Tune asks --------------------------------------------------------------------
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next node as a Tune configuration, None to wait, or FINISHED."""
-        if self._ready:
-            node = self._ready.popleft()
-            self._running[trial_id] = node
-            return {"kind": KIND[type(node)], "key": node.key}
-        return None if self._running or self._waiting else Searcher.FINISHED
+        """The next training, another lane, None to wait, or FINISHED."""
+        if self._trainings:
+            training = self._trainings.popleft()
+            self._trials[trial_id] = training
+            return {"kind": "train", "key": training.key}
+        if not self._open:
+            return Searcher.FINISHED
+        lanes = sum(training is None for training in self._trials.values())
+        waiting = sum(len(nodes) for nodes in self._waiting.values())
+        training_now = len(self._trials) - lanes
+        ready = len(self._open) - waiting - training_now
+        if lanes < min(self._max_lanes, ready):
+            self._trials[trial_id] = None
+            return {"kind": LANE, "key": trial_id}
+        return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass on what a running node reports."""
-        node = self._running.get(trial_id)
-        if node is not None and not result.get("done"):
-            self._on_progress(KIND[type(node)], node.key, result)
+        """Take in what a training or a lane reports."""
+        training = self._trials.get(trial_id)
+        if training is not None and "iteration" in result:
+            self._on_progress(training, result)
+        for ended in result.get("ended", ()):
+            self._end(ended)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Free what waited for a node, or fail it with the node."""
-        node = self._running.pop(trial_id, None)
-        if node is None:
+        """A training or a lane is over, or has died more often than it may."""
+        if trial_id not in self._trials:
             return
-        report = result or {}
-        succeeded = not error and bool(report.get("succeeded"))
-        self._on_end(node, succeeded, report)
-        for key in provided(node):
-            waiting = self._waiting.pop(key, [])
-            if succeeded:
-                self._ready.extend(waiting)
-                continue
-            for dependent in waiting:
-                self._fail(dependent, node, report)
+        for ended in (result or {}).get("ended", ()):
+            self._end(ended)
+        training = self._trials.pop(trial_id)
+        if not error:
+            return
+        if training is not None:
+            reason = "its worker died more often than `resources.retries` allows"
+            self._close(training, Failure("train", reason))
+            return
+        self._lane_failures += 1
+        if self._dispatch is not None:
+            self._dispatch.drop_lane(trial_id)
+        if self._lane_failures > self._max_lanes:
+            for node in list(self._open.values()):
+                self._close(node, Failure("start", "workers died as soon as they started"))
 
-    def _fail(self, node: Node, cause: Node, report: dict[str, Any]) -> None:
-        failure = report.get("failure") or {"reason": "its worker died"}
-        reason = f"the {KIND[type(cause)]} stage it needs failed: {failure['reason']}"
-        failed = {"failure": {"stage": KIND[type(cause)], "reason": reason}}
-        self._on_end(node, False, failed)
+    def _end(self, ended: dict[str, Any]) -> None:
+        node = self._open.get((ended["kind"], ended["key"]))
+        if node is not None:
+            failure = ended.get("failure")
+            self._close(node, Failure(**failure) if failure else None)
+
+    def _close(self, node: Node, failure: Failure | None) -> None:
+        """A node is over: free what waited for it, or fail it too."""
+        if self._open.pop(item_of(node), None) is None:
+            return
+        self._on_end(node, failure)
         for key in provided(node):
             for dependent in self._waiting.pop(key, []):
-                self._fail(dependent, cause, report)
+                if failure is None:
+                    self._to_offer.append(dependent)
+                else:
+                    reason = f"it needs {KIND[type(node)]} {node.key}, which failed: "
+                    self._close(dependent, Failure(failure.stage, reason + failure.reason))
+        self._offer()
 
-    def unfinished(self) -> Iterator[Node]:
-        """Nodes that were running when the sweep was interrupted."""
-        return iter(self._running.values())
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Tune pickles its searcher for a restore that never comes, see `save`."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PlanQueue":
+        return self
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the store is the truth, a plan made anew knows what is missing."""
@@ -132,3 +199,7 @@ def provided(node: Node) -> tuple[str, ...]:
     if isinstance(node, Calibration):
         return tuple(node.sets.values())
     return ()
+
+
+def _model_of(node: Node) -> str:
+    return node.key if isinstance(node, Training) else node.training

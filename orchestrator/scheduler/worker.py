@@ -1,24 +1,32 @@
 """One actor that runs stages: Tune's trainable. It is reused, so what it loaded stays loaded."""
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from ray import tune
 
-from orchestrator.plan import Calibration, Training, Trial
+from orchestrator.plan import Calibration, Training
 from orchestrator.provenance import Origin
+from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
-from orchestrator.scheduler.queue import Node
+from orchestrator.scheduler.queue import LANE, Item, Node
 from orchestrator.spec import Sweep
 from orchestrator.stages import Stopwatch, Update, Workbench, failure_of
 from orchestrator.store import Store
 
+# A lane reports to Tune about so often, with all that it ended since: the round trip through the
+# driver then costs nothing to short prunings.
+REPORT_SECONDS = 0.5
 
-class StageTrainable(tune.Trainable):
-    """Runs the stage that its configuration names, one report of the stage a step.
+Work = Generator[Update, None, Update]  # reports, and returns the last one
 
-    An error of a stage is a result (``succeeded`` false, with its stage and reason), not a crash:
-    only a worker that dies is started again by Tune.
+
+class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
+    """Runs one training, or a lane of calibrations and prunings.
+
+    An error of a stage is a result (with its stage and reason), not a crash: only a worker that
+    dies is started again by Tune.
     """
 
     def setup(
@@ -27,49 +35,76 @@ class StageTrainable(tune.Trainable):
         sweep: Sweep,
         store: Store,
         origin: Origin,
-        nodes: Mapping[tuple[str, str], Node],
+        nodes: Mapping[Item, Node],
         exchange: Exchange,
+        dispatcher: Dispatcher,
     ) -> None:
         """Open the workbench; it stays open for every later trial of this actor."""
         self._nodes = nodes
+        self._dispatcher = dispatcher
         self._bench = Workbench(sweep, store, origin, exchange.find, exchange.publish)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take up another trial."""
+        """Take up another training or lane."""
         self._begin(new_config)
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._watch = Stopwatch()
-        self._work = self._start(self._nodes[config["kind"], config["key"]])
-
-    def _start(self, node: Node) -> Iterator[Update]:
-        if isinstance(node, Training):
-            return self._bench.train(node, self._watch)
-        if isinstance(node, Calibration):
-            return self._bench.calibrate(node, self._watch)
-        assert isinstance(node, Trial)
-        return self._bench.prune(node, self._watch)
+        if config["kind"] == LANE:
+            self._work = self._lane(config["key"])
+        else:
+            self._work = self._training((config["kind"], config["key"]))
 
     def step(self) -> dict[str, Any]:
-        """Advance the stage to its next report, or to its end."""
+        """Go on to the next report."""
         try:
             return {"done": False, **next(self._work)}
-        except StopIteration:
-            return {"done": True, "succeeded": True, "seconds": dict(self._watch.seconds)}
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded
-            failure = failure_of(error, self._watch)
-            return {
-                "done": True,
-                "succeeded": False,
-                "failure": {"stage": failure.stage, "reason": failure.reason},
-            }
+        except StopIteration as stop:
+            return {"done": True, **stop.value}
+
+    def _training(self, item: Item) -> Work:
+        watch = Stopwatch()
+        node = self._nodes[item]
+        assert isinstance(node, Training)
+        try:
+            yield from self._bench.train(node, watch)
+        except Exception as error:
+            return {"ended": [_ended(item, error, watch)]}
+        return {"ended": [_ended(item, None, watch)]}
+
+    def _lane(self, lane: str) -> Work:
+        ended: list[dict[str, Any]] = []
+        reported = time.monotonic()
+        order = self._dispatcher.resume(lane)
+        while True:
+            ended += [_lost(item) for item in order.lost]
+            if order.item is not None:
+                ended.append(self._run(order.item))
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    yield {"ended": ended}
+                    ended, reported = [], time.monotonic()
+            order = self._dispatcher.next(lane, self._bench.loaded_model)
+            if order.item is None:
+                return {"ended": ended}
+
+    def _run(self, item: Item) -> dict[str, Any]:
+        watch = Stopwatch()
+        node = self._nodes[item]
+        try:
+            if isinstance(node, Calibration):
+                self._bench.calibrate(node, watch)
+            else:
+                assert not isinstance(node, Training)
+                self._bench.prune(node, watch)
+        except Exception as error:
+            return _ended(item, error, watch)
+        return _ended(item, None, watch)
 
     def cleanup(self) -> None:
         """Let a training that is stopped in the middle save its state."""
         work = getattr(self, "_work", None)
-        if work is not None and hasattr(work, "close"):
+        if work is not None:
             work.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -77,3 +112,17 @@ class StageTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing, see `save_checkpoint`."""
+
+
+def _ended(item: Item, error: Exception | None, watch: Stopwatch) -> dict[str, Any]:
+    failure = None if error is None else failure_of(error, watch)
+    return {
+        "kind": item[0],
+        "key": item[1],
+        "failure": failure and {"stage": failure.stage, "reason": failure.reason},
+    }
+
+
+def _lost(item: Item) -> dict[str, Any]:
+    reason = "its worker died each time it was tried, more often than `resources.retries` allows"
+    return {"kind": item[0], "key": item[1], "failure": {"stage": item[0], "reason": reason}}

@@ -96,7 +96,7 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(text: str, source: Path) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
+        return yaml.load(text, Loader=_Loader)  # the loader is derived from SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "(file)"

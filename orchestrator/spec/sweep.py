@@ -8,6 +8,7 @@ from nerf.devices import Precision
 from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
+from orchestrator.keys import content_key
 
 NetworkScope = Literal["coarse", "fine", "both"]
 Schedule = str | tuple[float, ...]
@@ -163,6 +164,4 @@ class Sweep:
     @property
     def hash(self) -> str:
         """A short hash of all that decides the results (not of resources, tracking, storage)."""
-        from orchestrator.store import content_key
-
         return content_key(self.identity)

@@ -1,0 +1,188 @@
+"""Commands that take a checkpoint or a scene."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from orchestrator.errors import OrchestratorError
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a checkpoint on held-out views."""
+    from nerf.evaluation import HeldOut
+
+    model, scene, _ = _open(options)
+    held_out = HeldOut(scene, model.device, options.max_rays)
+    result = held_out.evaluate(model, options.precision)
+    views = [
+        {"view": v.view, "mse": v.mse, "psnr": v.psnr, "ssim": v.ssim, "seconds": v.seconds}
+        for v in result.views
+    ]
+    if options.json:
+        data = {
+            "mse": result.mse,
+            "psnr": result.psnr,
+            "ssim": result.ssim,
+            "render_seconds": result.render_seconds,
+            "rays_per_view": result.rays_per_view,
+            "subset": not result.whole,
+            "views": views,
+        }
+        print(json.dumps(data, indent=1))
+        return 0
+    if not result.whole:
+        print(f"a seeded subset of {result.rays_per_view} rays a view; SSIM needs whole pictures")
+    print(f"{'view':>5} {'PSNR dB':>8} {'MSE':>9} {'SSIM':>6} {'seconds':>8}")
+    rows = [(str(v.view), v.psnr, v.mse, v.ssim, v.seconds) for v in result.views]
+    rows.append(("mean", result.psnr, result.mse, result.ssim, result.render_seconds))
+    for name, psnr, mse, ssim, seconds in rows:
+        shown = "–" if ssim is None else f"{ssim:.4f}"
+        print(f"{name:>5} {psnr:8.3f} {mse:9.6f} {shown:>6} {seconds:8.2f}")
+    return 0
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Prune a checkpoint outside any sweep."""
+    from nerf.checkpoints import save_model
+    from orchestrator.bridge import calibrate
+    from orchestrator.stages import BYTES_PER_PARAMETER, achieved_ratio, prune_model, sizes
+    from pruning import allocate, moments_for
+
+    moments = moments_for([options.criterion])
+    model, scene, info = _open(options)
+    n_layers = len(model.fine.shape.trunk)
+    ratios = allocate(options.schedule, n_layers, options.ratio)
+    statistics = None
+    if moments:
+        views = options.calibration_views or len(scene.train)
+        if views > len(scene.train):
+            raise OrchestratorError(
+                f"--calibration-views {views}: the scene has {len(scene.train)} training views"
+            )
+        rays = options.calibration_rays
+        nested = calibrate(model, scene, [views], [rays], options.seed, moments)
+        statistics = {name: of.subset((views, rays)) for name, of in nested.items()}
+    small, pruned = prune_model(
+        model, options.networks, options.criterion, ratios, statistics, options.seed
+    )
+    config = {
+        "ratio": options.ratio,
+        "criterion": options.criterion,
+        "networks": options.networks,
+        "schedule": options.schedule,
+        "seed": options.seed,
+    }
+    size = save_model(options.output, small, {**info, "pruning": config})
+    networks: dict[str, dict[str, Any]] = {
+        name: {
+            "nonzero_bytes": BYTES_PER_PARAMETER * of.nonzero_parameters,
+            "params": of.network.parameters(),
+            "achieved_ratio": of.ratio,
+            "widths": list(small.networks()[name].shape.trunk),
+        }
+        for name, of in pruned.items()
+    }
+    if options.json:
+        data = {
+            "output": str(options.output),
+            "size_bytes": size,
+            "achieved_ratio": achieved_ratio(pruned),
+            "networks": networks,
+            **sizes(small, pruned),
+        }
+        print(json.dumps(data, indent=1))
+        return 0
+    for name, row in networks.items():
+        print(
+            f"{name}: {row['params']:,} parameters kept, "
+            f"{row['nonzero_bytes'] / 2**20:.3f} MB nonzero by the report's count, "
+            f"{row['achieved_ratio']:.1%} of channels removed"
+        )
+    print(f"{options.output}: {size:,} bytes")
+    return 0
+
+
+def render(options: argparse.Namespace) -> int:
+    """Render a view or the spiral path."""
+    import torch
+
+    from nerf.devices import arithmetic
+    from nerf.evaluation import write_picture, write_video
+    from nerf.rendering import RenderSettings, render_view
+
+    model, scene, _ = _open(options)
+    settings = RenderSettings(scene.near, scene.far, scene.white_background)
+    if options.spiral:
+        poses = scene.spiral
+        if options.frames is not None:
+            step = max(1, len(poses) // options.frames)
+            poses = poses[::step][: options.frames]
+    elif 0 <= options.view < len(scene.poses):
+        poses = scene.poses[options.view : options.view + 1]
+    else:
+        raise OrchestratorError(
+            f"--view {options.view}: the scene has views 0 to {len(scene.poses) - 1}"
+        )
+    pictures = []
+    for number, pose in enumerate(poses, 1):
+        with arithmetic(options.precision, model.device):
+            picture = render_view(model, scene.camera, torch.as_tensor(pose), settings)
+        pictures.append(picture.cpu())
+        if options.spiral:
+            _show_progress(f"frame {number}/{len(poses)}", last=number == len(poses))
+    try:
+        if options.spiral:
+            write_video(options.output, [p.numpy() for p in pictures], options.fps)
+        else:
+            write_picture(options.output, pictures[0])
+    except OSError as error:
+        raise OrchestratorError(f"cannot write {options.output}: {error}") from error
+    print(options.output)
+    return 0
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Download a public scene."""
+    from nerf.scenes import PUBLIC_SCENES, Progress, fetch_scene
+
+    def progress(now: Progress) -> None:
+        share = f" of {now.total / 2**20:.0f}" if now.total else ""
+        _show_progress(
+            f"{now.archive}: {now.done / 2**20:.0f}{share} MiB", last=now.done == now.total
+        )
+
+    folder = fetch_scene(
+        options.scene, options.output, everything=options.everything, progress=progress
+    )
+    print(folder)
+    print(PUBLIC_SCENES[options.scene].terms, file=sys.stderr)
+    return 0
+
+
+def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """The model on its device, the scene as the checkpoint saw it, and what the file says."""
+    from nerf.checkpoints import load_model
+    from nerf.devices import resolve_device
+    from nerf.field import SampleCounts
+    from nerf.scenes import SceneSettings, load_scene
+
+    device = resolve_device(options.device)
+    samples = SampleCounts(*options.samples) if options.samples else None
+    model, info = load_model(options.checkpoint, samples)
+    said = info.get("scene")
+    seen = said if isinstance(said, dict) else {}
+    scene = load_scene(
+        SceneSettings(
+            path=options.scene,
+            factor=options.factor or seen.get("factor"),
+            holdout=options.holdout or seen.get("holdout") or 8,
+            ndc=seen.get("ndc") if options.ndc is None else options.ndc,
+        )
+    )
+    return model.to(device), scene, info
+
+
+def _show_progress(text: str, last: bool) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\n" if last else "", file=sys.stderr, flush=True)

@@ -1,0 +1,207 @@
+"""What each command takes."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cli import models, sweeps
+from orchestrator.provenance import package_version
+
+Command = Callable[[argparse.Namespace], int | None]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the console command; each command's function is in ``command``."""
+    parser = argparse.ArgumentParser(
+        prog="prunefield",
+        description="How small can a neural radiance field get before its pictures suffer?",
+        epilog="`prunefield COMMAND --help` shows an example of each.",
+    )
+    parser.add_argument("--version", action="version", version=f"prunefield {package_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, function: Command, summary: str, example: str) -> Any:
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("-v", "--verbose", action="count", default=0, help="say more")
+        added.set_defaults(command=function)
+        return added
+
+    _sweep_commands(command)
+    _model_commands(command)
+    return parser
+
+
+def _sweep_commands(command: Callable[..., Any]) -> None:
+    validate = command(
+        "validate",
+        sweeps.validate,
+        "check a sweep file and list every mistake in it",
+        "prunefield validate sweeps/fern.yaml",
+    )
+    validate.add_argument("file", type=Path, help="sweep file, or Ray cluster file with a sweep")
+
+    plan = command(
+        "plan",
+        sweeps.plan,
+        "show what a sweep would run, running nothing",
+        "prunefield plan sweeps/fern.yaml --json",
+    )
+    plan.add_argument("file", type=Path, help="sweep file")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+
+    run = command(
+        "run",
+        sweeps.run,
+        "run what a sweep misses, on this machine or the Ray cluster it stands on",
+        "prunefield run sweeps/demo.yaml",
+    )
+    run.add_argument("file", type=Path, help="sweep file")
+
+    report = command(
+        "report",
+        sweeps.report,
+        "write the Pareto report of a sweep",
+        "prunefield report sweeps/demo.yaml -o report",
+    )
+    report.add_argument("sweep", type=Path, help="sweep file")
+    report.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write to")
+
+    front = command(
+        "front",
+        sweeps.front,
+        "list the non-dominated trials of a sweep and the hypervolume",
+        "prunefield front sweeps/demo.yaml --json",
+    )
+    front.add_argument("sweep", type=Path, help="sweep file")
+    front.add_argument("--json", action="store_true", help="as JSON")
+
+    ui = command(
+        "ui",
+        sweeps.ui,
+        "open the MLflow UI on a sweep's tracking store",
+        "prunefield ui sweeps/demo.yaml --port 5000",
+    )
+    ui.add_argument("sweep", type=Path, help="sweep file")
+    ui.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
+
+
+def _model_commands(command: Callable[..., Any]) -> None:
+    evaluate = command(
+        "evaluate",
+        models.evaluate,
+        "measure a checkpoint on the held-out views of a scene",
+        "prunefield evaluate model.safetensors --scene data/nerf_llff_data/fern --json",
+    )
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--max-rays", type=_count, metavar="N", help="a seeded subset of N rays a view"
+    )
+    evaluate.add_argument("--json", action="store_true", help="as JSON")
+
+    prune = command(
+        "prune",
+        models.prune,
+        "prune a checkpoint and write the physically smaller model",
+        "prunefield prune fern_200000.tar --scene data/nerf_llff_data/fern --ratio 0.5 "
+        "-o small.safetensors",
+    )
+    _add_model(prune)
+    prune.add_argument("--ratio", type=_ratio, required=True, help="fraction of channels to remove")
+    prune.add_argument("--criterion", default="activation", help="scoring rule (activation)")
+    prune.add_argument(
+        "--networks", choices=("coarse", "fine", "both"), default="both", help="which (both)"
+    )
+    prune.add_argument("--schedule", default="uniform", help="spread over the layers (uniform)")
+    prune.add_argument(
+        "--calibration-views", type=_count, metavar="N", help="training views (all of them)"
+    )
+    prune.add_argument(
+        "--calibration-rays", type=_count, default=1024, metavar="N", help="rays a view (1024)"
+    )
+    prune.add_argument("--seed", type=int, default=0, help="of the calibration set (0)")
+    prune.add_argument("-o", "--output", type=Path, required=True, help="model file to write")
+    prune.add_argument("--json", action="store_true", help="as JSON")
+
+    render = command(
+        "render",
+        models.render,
+        "render one view as a PNG, or the spiral path as an mp4",
+        "prunefield render model.safetensors --scene data/nerf_llff_data/fern --view 0 -o fern.png",
+    )
+    _add_model(render)
+    what = render.add_mutually_exclusive_group(required=True)
+    what.add_argument("--view", type=int, metavar="N", help="view of the scene")
+    what.add_argument("--spiral", action="store_true", help="the scene's camera path, as a video")
+    render.add_argument("--frames", type=_count, metavar="N", help="frames of the video")
+    render.add_argument("--fps", type=_count, default=30, help="frames a second of the video (30)")
+    render.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+
+    fetch = command(
+        "fetch",
+        models.fetch,
+        "download a public scene from its authors' archive",
+        "prunefield fetch fern -o data",
+    )
+    fetch.add_argument("scene", help="fern and the other LLFF scenes, lego and the other Blender")
+    fetch.add_argument(
+        "-o", "--output", type=Path, default=Path("data"), metavar="DIR", help="folder (data)"
+    )
+    fetch.add_argument(
+        "--everything", action="store_true", help="unpack photos of every size, not only ÷8"
+    )
+
+
+def _add_model(parser: Any) -> None:
+    parser.add_argument(
+        "checkpoint", type=Path, help="model.safetensors, or a nerf-pytorch .tar checkpoint"
+    )
+    parser.add_argument(
+        "--scene", type=Path, required=True, metavar="DIR", help="LLFF or Blender scene"
+    )
+    parser.add_argument(
+        "--factor", type=_count, help="downsampling of the photos (that of the checkpoint)"
+    )
+    parser.add_argument("--holdout", type=_count, help="every n-th view is held out (8)")
+    parser.add_argument(
+        "--ndc", action=argparse.BooleanOptionalAction, default=None, help="NDC rays"
+    )
+    parser.add_argument(
+        "--samples",
+        type=_count,
+        nargs=2,
+        metavar=("COARSE", "FINE"),
+        help="samples a ray (those of the checkpoint; 64 64 for a .tar)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "tf32", "bfloat16"), help="arithmetic"
+    )
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return value
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a fraction to remove: a number from 0 up to, but not, 1"
+        )
+    return value

@@ -1,0 +1,102 @@
+"""Commands that take a sweep file."""
+
+import argparse
+import json
+
+from orchestrator.spec import load
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Check a sweep file."""
+    sweep = load(options.file)
+    print(f"{options.file}: sweep {sweep.name!r} is valid (hash {sweep.hash})")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Show what would run."""
+    from orchestrator.plan import make_plan
+    from orchestrator.sweep import open_sweep
+
+    sweep, store = open_sweep(options.file)
+    made = make_plan(sweep, store)
+    summary = made.summary()
+    if options.json:
+        print(json.dumps(summary, indent=1))
+        return 0
+    print(f"sweep {sweep.name} ({sweep.hash}), storage {store.root}")
+    for what in ("trainings", "calibrations", "trials"):
+        count = summary[what]
+        print(f"  {what:<13} {count['total']:>7,}   {count['cached']:,} done already")
+    combinations = summary["trials"]["combinations"]
+    if combinations != summary["trials"]["total"]:
+        print(f"  ({combinations:,} combinations; those that make no difference run once)")
+    for stage in ("train", "prune"):
+        wanted = summary["resources"][stage]
+        gpus = "a share of a GPU where there is one" if wanted["gpus"] is None else wanted["gpus"]
+        print(f"  each {stage}: {wanted['cpus']:g} CPUs, GPUs: {gpus}")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what a sweep misses, then print the front and where to look."""
+    from orchestrator.report import table
+    from orchestrator.sweep import run as run_sweep
+
+    finished = run_sweep(options.file)
+    print(table(finished.data))
+    print(f"\nreport: {finished.report.html}")
+    print(f"MLflow: prunefield ui {options.file}")
+    if finished.outcome.interrupted:
+        print("interrupted: run again to go on")
+        return 130
+    if finished.results.failed:
+        print(f"{len(finished.results.failed)} failed; they are listed in the report")
+        return 1
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the report of a sweep."""
+    from orchestrator.report import write_report
+    from orchestrator.sweep import report_data, report_folder, results_of
+
+    results, store = results_of(options.sweep)
+    folder = options.output or report_folder(results.plan.sweep, store)
+    print(write_report(report_data(results, store), folder).html)
+    return 0
+
+
+def front(options: argparse.Namespace) -> int:
+    """List the non-dominated trials."""
+    from orchestrator.report import front_json, table
+    from orchestrator.sweep import report_data, results_of
+
+    results, store = results_of(options.sweep)
+    data = report_data(results, store)
+    print(json.dumps(front_json(data), indent=1) if options.json else table(data))
+    return 0
+
+
+def ui(options: argparse.Namespace) -> int:
+    """Serve the MLflow UI until interrupted."""
+    from orchestrator.sweep import open_sweep
+    from orchestrator.tracking import default_uri, links, serve
+
+    sweep, store = open_sweep(options.sweep)
+    uri = sweep.tracking.uri or default_uri(store)
+    with serve(uri, options.port) as (address, process):
+        found = links(address, uri, sweep.tracking.experiment, sweep.hash)
+        print(f"MLflow UI: {address}")
+        print(f"  sweep:   {found.sweep}")
+        print(f"  charts:  {found.charts}")
+        print(f"  table:   {found.table}")
+        if found.compare:
+            print(f"  front:   {found.compare}")
+        print("Ctrl-C ends it.", flush=True)
+        if process is not None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                print()
+    return 0

@@ -1,0 +1,197 @@
+"""Live progress in the terminal: a panel that updates itself, or plain lines without one."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.pareto import front, points
+from orchestrator.plan import Training
+from orchestrator.results import Record
+
+LINE_SECONDS = 5.0
+SHOWN_POINTS = 5
+
+
+class Progress:
+    """What a person sees while a sweep runs: done/total, rate, time left, best points so far.
+
+    A listener of the scheduler; use it as a context manager.
+
+    Args:
+        console: where to write; standard error by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stderr)
+        self._live: Live | None = None
+        self._total = 0
+        self._done = 0
+        self._failed = 0
+        self._started = time.monotonic()
+        self._first_trial: float | None = None
+        self._trials = 0
+        self._training: dict[str, Mapping[str, Any]] = {}
+        self._iterations: dict[str, int] = {}
+        self._records: list[Record] = []
+        self._front: list[Record] = []
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self._total and kind is None:
+            self._console.print(self._line(), highlight=False)
+
+    # --- what the scheduler tells ----------------------------------------------------------
+
+    def started(self, total: int) -> None:
+        """So many nodes are about to run."""
+        self._total = total
+        self._started = time.monotonic()
+        if total == 0:
+            self._console.print("nothing to run: every result is in the store", highlight=False)
+
+    def progress(self, training: Training, report: Mapping[str, Any]) -> None:
+        """A training reports where it stands."""
+        self._training[training.key] = report
+        self._iterations[training.key] = training.recipe.iterations
+        self._tell()
+
+    def ended(self, record: Record | None) -> None:
+        """A node ended."""
+        self._done += 1
+        if record is not None and record.failure is not None:
+            self._failed += 1
+        elif record is not None:
+            if record.kind == "training":
+                self._training.pop(record.training, None)
+            else:
+                self._first_trial = self._first_trial or time.monotonic()
+                self._trials += 1
+            self._records.append(record)
+            on_front = {p.key for p in front(points([*self._front, record]))}
+            self._front = [r for r in [*self._front, record] if r.key in on_front]
+        self._tell(now=self._done == self._total)
+
+    # --- what is shown ---------------------------------------------------------------------
+
+    def _tell(self, now: bool = False) -> None:
+        if self._live is not None:
+            return
+        if now or time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(self._line(), highlight=False, soft_wrap=True)
+
+    def _line(self) -> str:
+        parts = [f"{self._done}/{self._total} done"]
+        if self._failed:
+            parts.append(f"{self._failed} failed")
+        for key, report in self._training.items():
+            parts.append(
+                f"training {key[:8]}: {report['iteration']:,}/{self._iterations[key]:,} "
+                f"iterations, {report['train_psnr']:.1f} dB, {report['rate']:.0f} it/s"
+            )
+        parts.append(self._pace())
+        if best := self._best():
+            record = best[-1]
+            parts.append(
+                f"front: {len(self._front)} points, best "
+                f"{record.metrics['psnr']:.2f} dB at {record.metrics['size_bytes'] / 1e3:,.0f} kB"
+            )
+        return "; ".join(part for part in parts if part)
+
+    def _pace(self) -> str:
+        elapsed = time.monotonic() - self._started
+        left = self._seconds_left()
+        text = f"{_clock(elapsed)} elapsed"
+        if self._rate() > 0:
+            text += f", {self._rate() * 60:.0f} trials/min"
+        return text if left is None else f"{text}, about {_clock(left)} left"
+
+    def _rate(self) -> float:
+        """Trials a second, from the first trial's end on."""
+        if self._first_trial is None or self._trials < 2:
+            return 0.0
+        return (self._trials - 1) / max(time.monotonic() - self._first_trial, 1e-6)
+
+    def _seconds_left(self) -> float | None:
+        if self._training:
+            return max(
+                (self._iterations[key] - report["iteration"]) / max(report["rate"], 1e-9)
+                for key, report in self._training.items()
+            )
+        rate = self._rate()
+        return (self._total - self._done) / rate if rate > 0 else None
+
+    def _best(self) -> list[Record]:
+        """The front so far, smallest first, thinned to what fits."""
+        ordered = sorted(self._front, key=lambda record: record.metrics["size_bytes"])
+        if len(ordered) <= SHOWN_POINTS:
+            return ordered
+        picks = [round(i * (len(ordered) - 1) / (SHOWN_POINTS - 1)) for i in range(SHOWN_POINTS)]
+        return [ordered[i] for i in picks]
+
+    def __rich__(self) -> Group:
+        head = Table.grid(padding=(0, 1))
+        head.add_row(
+            Text(f"{self._done}/{self._total}", style="bold"),
+            ProgressBar(total=max(self._total, 1), completed=self._done, width=40),
+            self._pace(),
+            Text(f"{self._failed} failed", style="red") if self._failed else "",
+        )
+        rows: list[Any] = [head]
+        for key, report in self._training.items():
+            line = Table.grid(padding=(0, 1))
+            line.add_row(
+                f"training {key[:8]}",
+                ProgressBar(total=self._iterations[key], completed=report["iteration"], width=30),
+                f"{report['iteration']:,}/{self._iterations[key]:,}  {report['rate']:.0f} it/s  "
+                f"loss {report['loss']:.4f}  {report['train_psnr']:.2f} dB",
+            )
+            rows.append(line)
+        if best := self._best():
+            table = Table("size", "PSNR", "model", box=None, padding=(0, 1), title="front so far")
+            for record in best:
+                table.add_row(
+                    f"{record.metrics['size_bytes'] / 1e3:,.0f} kB",
+                    f"{record.metrics['psnr']:.2f} dB",
+                    describe(record),
+                )
+            rows.append(table)
+        return Group(*rows)
+
+
+def describe(record: Record) -> str:
+    """A record in a few words."""
+    if record.kind == "training":
+        return "dense"
+    config = record.config
+    return (
+        f"{config.get('criterion')} {config.get('networks')} {config.get('ratio', 0):.0%} "
+        f"{config.get('schedule')}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,425 @@
+"""The page: plain HTML in one file, every value escaped, nothing loaded from anywhere."""
+
+import html
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.report.data import (
+    ReportData,
+    Series,
+    mean,
+    number,
+    ratio_of,
+    smallest_within,
+)
+from orchestrator.report.pictures import Cell, Grid, Inlined, png_uri
+from orchestrator.report.published import TABLE_1
+from orchestrator.report.style import CSS
+from orchestrator.report.tables import ABSENT, fixed, megabytes, percent
+from orchestrator.results import Record
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+LOSSES = (0.5, 1.0)
+
+
+def page(
+    data: ReportData,
+    plots: Mapping[str, Mapping[str, bytes]],
+    words: Mapping[str, str],
+    grids: Sequence[Grid],
+    pictures: Mapping[Path, Inlined],
+) -> str:
+    """The whole page.
+
+    Args:
+        data: the sweep.
+        plots: PNG of each plot by name and theme (``light``, ``dark``).
+        words: each plot described in words, by name.
+        grids: the grids of renders, one a view.
+        pictures: the renders that fit into the page.
+    """
+    sections = [
+        ("fronts", "Size against quality", _fronts(data, plots, words)),
+        ("ratios", "Quality against ratio", _ratios(plots, words)),
+        ("table", "Beside the published table", _published(data)),
+        ("renders", "Renders", _renders(data, grids, pictures)),
+        ("trials", "All trials", _trials(data)),
+        ("failed", "Failed", _failed(data)),
+        ("provenance", "Where the numbers come from", _provenance(data)),
+    ]
+    links = "".join(f'<li><a href="#{name}">{e(title)}</a></li>' for name, title, _ in sections)
+    body = "".join(
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{e(title)}</h2>{content}</section>\n'
+        for name, title, content in sections
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="color-scheme" content="light dark">
+<title>{e(data.name)} – pruning sweep</title>
+<style>{CSS}</style>
+</head>
+<body>
+<header>
+<h1>{e(data.name)}</h1>
+<p class="soft">{e(data.description or "A pruning sweep")} · sweep <code>{e(data.hash)}</code></p>
+{_facts(data)}
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<main>
+{body}</main>
+<footer>Made by prunefield. Sizes are in MB of 2<sup>20</sup> bytes; MSE and PSNR are means over
+full held-out views, PSNR in dB.</footer>
+</body>
+</html>
+"""
+
+
+def e(value: Any) -> str:
+    """Text as HTML."""
+    return html.escape(str(value), quote=True)
+
+
+# --- sections ------------------------------------------------------------------------------
+
+
+def _facts(data: ReportData) -> str:
+    failed = len(data.trials) - len(data.done)
+    facts = [
+        (
+            "Trials",
+            f"{len(data.done)} done",
+            f"{failed} failed" if failed else "none failed",
+        ),
+        ("On the Pareto front", str(len(data.front_keys)), "of size and PSNR"),
+    ]
+    for record in data.dense[:2]:
+        if record.failure is None:
+            psnr = fixed(number(record, "psnr"), 2)
+            facts.append(("Dense model", f"{psnr} dB", megabytes(number(record, "size_bytes"))))
+    for loss in LOSSES:
+        best = smallest_within(data, loss)
+        facts.append(
+            (
+                f"Smallest within {loss:g} dB of dense",
+                megabytes(number(best, "size_bytes")) if best else "none",
+                _summary(best) if best else "no trial comes this close",
+            )
+        )
+    if data.hypervolume is not None and data.corner is not None:
+        corner = f"bytes·dB, from {megabytes(data.corner.size_bytes)} and {data.corner.psnr:g} dB"
+        facts.append(("Hypervolume", f"{data.hypervolume:.4g}", corner))
+    items = "".join(
+        f"<div><dt>{e(name)}</dt><dd>{e(value)}<small>{e(more)}</small></dd></div>"
+        for name, value, more in facts
+    )
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _fronts(
+    data: ReportData, plots: Mapping[str, Mapping[str, bytes]], words: Mapping[str, str]
+) -> str:
+    rows = [_trial_row(data, data.by_key[point.key]) for point in data.front()]
+    table = _table(
+        "The Pareto front of size and PSNR, smallest model first",
+        TRIAL_HEAD,
+        rows
+        or [f'<tr><td class="left" colspan="{len(TRIAL_HEAD)}">No trial has a result.</td></tr>'],
+    )
+    return (
+        "<p>Each mark is a trial; the line joins those that no other trial beats in both size and "
+        "quality. Towards the upper left (PSNR) or the lower left (MSE) is better.</p>"
+        f'<div class="pair">{_figure("front_psnr", plots, words)}'
+        f"{_figure('front_mse', plots, words)}</div>{table}"
+    )
+
+
+def _ratios(plots: Mapping[str, Mapping[str, bytes]], words: Mapping[str, str]) -> str:
+    return (
+        "<p>The report's Figure 3. Lines join the means of uniform schedules.</p>"
+        f'<div class="pair">{_figure("ratio_mse", plots, words)}'
+        f"{_figure('ratio_psnr', plots, words)}</div>"
+    )
+
+
+def _figure(name: str, plots: Mapping[str, Mapping[str, bytes]], words: Mapping[str, str]) -> str:
+    return (
+        '<figure class="plot"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{png_uri(plots[name]["dark"])}">'
+        f'<img src="{png_uri(plots[name]["light"])}" alt="{e(words[name])}"></picture></figure>'
+    )
+
+
+def _published(data: ReportData) -> str:
+    series = _compared(data)
+    have = {0.0} | {row.ratio for row in TABLE_1}
+    have |= {r for s in series for t in data.trials if (r := ratio_of(t)) and data.at(s, r)}
+    published = {row.ratio: row for row in TABLE_1}
+    top = '<th rowspan="2" scope="col" class="left">Removed</th>'
+    top += '<th colspan="3" scope="colgroup" class="edge">As published (fern)</th>'
+    second = (
+        '<th scope="col" class="edge">size, coarse only</th><th scope="col">MSE</th>'
+        '<th scope="col">PSNR</th>'
+    )
+    for s in series:
+        top += f'<th colspan="4" scope="colgroup" class="edge">This sweep: {e(s.label)}</th>'
+        second += (
+            '<th scope="col" class="edge">model file</th><th scope="col">nonzero, coarse</th>'
+            '<th scope="col">MSE</th><th scope="col">PSNR</th>'
+        )
+    rows = []
+    for ratio in sorted(have):
+        row = published.get(ratio)
+        name = "original" if ratio == 0 else percent(ratio)
+        cells = f'<th scope="row">{e(name)}</th>'
+        values = (f"{row.size} MB", row.mse, row.psnr) if row else (ABSENT,) * 3
+        cells += _cells(values)
+        for s in series:
+            records = data.dense if ratio == 0 else data.at(s, ratio)
+            cells += _cells(
+                (
+                    megabytes(mean(records, "size_bytes")),
+                    megabytes(mean(records, "nonzero_bytes_coarse")),
+                    fixed(mean(records, "mse"), 4),
+                    fixed(mean(records, "psnr"), 2),
+                )
+            )
+        rows.append(f"<tr>{cells}</tr>")
+    several = any(
+        sum(t.failure is None for t in data.at(s, r)) > 1 for s in series for r in have if r
+    )
+    note = (
+        "<p>The published numbers are the report's Table 1, as published: LLFF fern, factor 8, "
+        "200,000 iterations. They are not to be compared digit by digit: their size counts the "
+        "nonzero parameters of the <em>coarse network only</em> (no file became smaller), their "
+        "<em>PSNR was measured wrongly</em> (the render of one view against the photo of another, "
+        "so it stays near 14.5 dB whatever is pruned), and their MSE is a training loss on random "
+        "training rays. This sweep measures full held-out views, and its files are the smaller "
+        "networks themselves.</p>"
+    )
+    if several:
+        note += (
+            "<p class='soft'>Where a series has several trials at one ratio (seeds, calibration "
+            "sets, trainings), their mean is shown.</p>"
+        )
+    caption = f"<caption><span>Uniform schedules only; {ABSENT}: no such number</span></caption>"
+    return (
+        f"{note}{_scroll('Published table and this sweep')}<table>{caption}<thead><tr>{top}</tr>"
+        f"<tr>{second}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _compared(data: ReportData) -> tuple[Series, ...]:
+    """The report's own criterion where the sweep has it, else whatever it has."""
+    own = tuple(s for s in data.series if s.criterion == "activation")
+    return (own or data.series)[:3]
+
+
+def _renders(data: ReportData, grids: Sequence[Grid], pictures: Mapping[Path, Inlined]) -> str:
+    if not grids:
+        return '<p class="none">The storage folder holds no renders of this sweep.</p>'
+    parts = []
+    for i, grid in enumerate(grids):
+        parts.append(_grid(data, grid, pictures, errors=False, unfolded=i == 0))
+    if any(cell.error for row in grids[0].rows for cell in row.cells):
+        parts.append(_grid(data, grids[0], pictures, errors=True, unfolded=False))
+    return "".join(parts)
+
+
+def _grid(
+    data: ReportData,
+    grid: Grid,
+    pictures: Mapping[Path, Inlined],
+    *,
+    errors: bool,
+    unfolded: bool,
+) -> str:
+    what = "Error maps" if errors else "Renders"
+    title = f"{what} of held-out view {grid.view}"
+    head = '<th scope="col">Ground truth</th><th scope="col">Dense</th>'
+    head = f'<th scope="col">Pruned</th>{head}' + "".join(
+        f'<th scope="col">{e(percent(ratio))}</th>' for ratio in data.chosen_ratios
+    )
+    truth = _picture(grid.truth, pictures, f"Photo of held-out view {grid.view}", "photo")
+    dense = _render(grid.dense, pictures, f"the dense model, view {grid.view}", errors)
+    rows = []
+    for row in grid.rows:
+        cells = f'<th scope="row">{e(row.label)}</th><td>{truth}</td><td>{dense}</td>'
+        for ratio, cell in zip(data.chosen_ratios, row.cells, strict=True):
+            name = f"{row.label}, {percent(ratio)} removed, view {grid.view}"
+            cells += f"<td>{_render(cell, pictures, name, errors)}</td>"
+        rows.append(f"<tr>{cells}</tr>")
+    if not rows:
+        cells = f'<th scope="row">{ABSENT}</th><td>{truth}</td><td>{dense}</td>'
+        rows.append(f"<tr>{cells}{'<td></td>' * len(data.chosen_ratios)}</tr>")
+    table = (
+        f'{_scroll(title)}<table class="grid"><caption><span>{e(title)} of training '
+        f"<code>{e(grid.training)}</code>; under each its PSNR on this view and the size of the "
+        f"model file</span></caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+    return (
+        f"<h3>{e(title)}</h3>{table}"
+        if unfolded
+        else f"<details><summary>{e(title)}</summary>{table}</details>"
+    )
+
+
+def _render(cell: Cell, pictures: Mapping[Path, Inlined], name: str, errors: bool) -> str:
+    if cell.record is None:
+        return '<div class="none">not in this sweep</div>'
+    if cell.record.failure is not None:
+        return f'<div class="none bad">failed in {e(cell.record.failure.stage)}</div>'
+    size = megabytes(number(cell.record, "size_bytes"))
+    caption = f"{fixed(cell.psnr, 2)} dB · {size}"
+    path = cell.error if errors else cell.render
+    return _picture(path, pictures, f"{'Error map' if errors else 'Render'} of {name}", caption)
+
+
+def _picture(path: Path | None, pictures: Mapping[Path, Inlined], alt: str, caption: str) -> str:
+    picture = pictures.get(path) if path else None
+    if picture is None:
+        return f'<div class="none">no picture kept<br>{e(caption)}</div>'
+    return (
+        f'<figure><img src="{picture.uri}" width="{picture.width}" height="{picture.height}" '
+        f'alt="{e(alt)}" decoding="async"><figcaption>{e(caption)}</figcaption></figure>'
+    )
+
+
+TRIAL_HEAD = (
+    "criterion",
+    "networks",
+    "ratio",
+    "schedule",
+    "calibration",
+    "model file",
+    "MSE",
+    "PSNR",
+    "SSIM",
+    "trial",
+)
+
+
+def _trials(data: ReportData) -> str:
+    ordered = sorted(data.done, key=lambda r: (number(r, "size_bytes") or 0.0, r.key))
+    rows = [_trial_row(data, record) for record in ordered]
+    table = _table("All trials with a result by size; ● marks the front", TRIAL_HEAD, rows)
+    return f"<details><summary>{len(rows)} trials</summary>{table}</details>"
+
+
+def _trial_row(data: ReportData, record: Record) -> str:
+    config = record.config
+    front = record.key in data.front_keys
+    views, rays = config.get("calibration_views"), config.get("calibration_rays")
+    calibration = ABSENT if views is None and rays is None else f"{views} × {rays}"
+    if config.get("seed") is not None:
+        calibration += f", seed {config['seed']}"
+    mark = '<span class="mark" aria-label="on the front">●</span> ' if front else ""
+    return (
+        f'<tr{" class=front" if front else ""}><th scope="row">{mark}'
+        f"{e(config.get('criterion', ABSENT))}</th>"
+        f'<td class="left">{e(config.get("networks", ABSENT))}</td>'
+        f"<td>{e(percent(config.get('ratio')))}</td>"
+        f'<td class="left">{e(config.get("schedule", ABSENT))}</td>'
+        f'<td class="left">{e(calibration)}</td>'
+        f"<td>{e(megabytes(number(record, 'size_bytes')))}</td>"
+        f"<td>{fixed(number(record, 'mse'), 5)}</td><td>{fixed(number(record, 'psnr'), 2)}</td>"
+        f"<td>{fixed(number(record, 'ssim'), 3)}</td><td><code>{e(record.key)}</code></td></tr>"
+    )
+
+
+def _failed(data: ReportData) -> str:
+    rows = [
+        f'<tr><th scope="row"><code>{e(r.key)}</code></th><td class="left">{e(r.kind)}</td>'
+        f'<td class="left">{e(_summary(r))}</td><td class="left bad">{e(r.failure.stage)}</td>'
+        f'<td class="left wrap">{e(r.failure.reason)}</td></tr>'
+        for r in data.failed
+        if r.failure
+    ]
+    if not rows:
+        return "<p>Nothing failed.</p>"
+    head = ("id", "kind", "configuration", "stage", "reason")
+    return _table("What has no result, and why; running the sweep again tries it again", head, rows)
+
+
+def _provenance(data: ReportData) -> str:
+    records = (*data.dense, *data.trials)
+    facts: list[tuple[str, str]] = [
+        ("sweep", f"{data.name}, hash {data.hash}"),
+        ("seed of the sweep", ABSENT if data.seed is None else str(data.seed)),
+        ("commit that wrote this page", data.commit or ABSENT),
+        ("commits that made the results", _counted(r.provenance.commit or ABSENT for r in records)),
+        ("hardware", _counted(r.provenance.hardware for r in records)),
+        ("hosts", _counted(r.provenance.host for r in records)),
+        ("results made", _span([r.provenance.started for r in records])),
+        ("versions", _counted(_versions(r) for r in records)),
+    ]
+    facts += [
+        (
+            f"training {record.key}",
+            ", ".join(f"{k} {v}" for k, v in sorted(record.config.items()) if v is not None),
+        )
+        for record in data.dense
+    ]
+    rows = [
+        f'<tr><th scope="row" class="wrap">{e(name)}</th><td class="left wrap">{e(value)}</td></tr>'
+        for name, value in facts
+    ]
+    return _table("Provenance; counts are records", ("what", "value"), rows)
+
+
+# --- small things --------------------------------------------------------------------------
+
+
+def _table(caption: str, head: Sequence[str], rows: Iterable[str]) -> str:
+    text = {"criterion", "networks", "schedule", "calibration", "id", "kind"}
+    text |= {"configuration", "stage", "reason", "what", "value"}
+    columns = "".join(
+        f'<th scope="col"{" class=left" if name in text else ""}>{e(name)}</th>' for name in head
+    )
+    return (
+        f"{_scroll(caption)}<table><caption><span>{e(caption)}</span></caption>"
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _scroll(label: str) -> str:
+    """A wide table scrolls in a box of its own, by keyboard too."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{e(label)}">'
+
+
+def _cells(values: Iterable[str]) -> str:
+    return "".join(
+        f"<td{' class=edge' if i == 0 else ''}>{e(value)}</td>" for i, value in enumerate(values)
+    )
+
+
+def _summary(record: Record) -> str:
+    parts = [record.config.get("criterion"), record.config.get("networks")]
+    if ratio_of(record) is not None:
+        parts.append(percent(record.config["ratio"]))
+    if record.config.get("schedule") not in (None, "uniform"):
+        parts.append(record.config["schedule"])
+    return ", ".join(str(part) for part in parts if part) or record.key
+
+
+def _counted(values: Iterable[str]) -> str:
+    counts = Counter(values)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{value} ({count})" for value, count in counts.most_common()) or ABSENT
+
+
+def _versions(record: Record) -> str:
+    return ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) or ABSENT
+
+
+def _span(times: Sequence[str]) -> str:
+    if not times:
+        return ABSENT
+    return " to ".join(dict.fromkeys((min(times), max(times))))

@@ -1,0 +1,186 @@
+"""The story of a sweep: read this first."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nerf.devices import describe_device, resolve_device
+from orchestrator.errors import SweepError
+from orchestrator.pareto import Reference, default_reference
+from orchestrator.plan import Plan, make_plan
+from orchestrator.progress import Progress
+from orchestrator.provenance import Origin
+from orchestrator.report import ReportData, ReportFiles, write_report
+from orchestrator.results import Record
+from orchestrator.scheduler import Outcome, execute
+from orchestrator.spec import Sweep, load
+from orchestrator.store import Store
+from orchestrator.tracking import SweepInfo, TrackingLogger
+from orchestrator.tracking.listener import TrackingListener
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run of a sweep gives.
+
+    Attributes:
+        results: every record of the sweep.
+        data: the same, as the report shows it.
+        report: where the report is.
+        outcome: failures and interruptions of this run.
+    """
+
+    results: "Results"
+    data: ReportData
+    report: ReportFiles
+    outcome: Outcome
+
+
+def run(path: Path | str, progress: Progress | None = None) -> Finished:
+    """Run a sweep file: train once, prune many, compare. Running it again runs what is missing.
+
+    Raises:
+        SpecError, SceneError, ClusterError, TrackingError, StoreError: before anything ran.
+    """
+    sweep, store = open_sweep(path)
+    plan = make_plan(sweep, store)
+    origin = Origin.here()
+    show = progress or Progress()
+    with (
+        TrackingLogger(
+            sweep.tracking.uri, sweep.tracking.experiment, sweep_info(plan, origin), store
+        ) as tracking,
+        show,
+    ):
+        log_known(plan, store, tracking)
+        outcome = execute(plan, store, origin, [show, TrackingListener(tracking)])
+        results = collect(plan, store)
+        data = report_data(results, store)
+        report = write_report(data, report_folder(sweep, store))
+        tracking.front(data.front_keys, {"hypervolume": data.hypervolume or 0.0})
+        tracking.report(report.html.parent)
+    return Finished(results, data, report, outcome)
+
+
+# --- the steps -------------------------------------------------------------------------------
+
+
+def open_sweep(path: Path | str) -> tuple[Sweep, Store]:
+    """Read a sweep file and open its storage folder.
+
+    Raises:
+        SpecError: the file holds mistakes.
+        StoreError: the storage folder cannot be written.
+    """
+    sweep = load(path)
+    store = Store(sweep.storage)
+    if sweep.scene.format == "demo" and sweep.scene.path is None:
+        sweep = replace(sweep, scene=replace(sweep.scene, path=store.root / "scenes" / "demo"))
+    return sweep, store
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that the store knows of a sweep.
+
+    Attributes:
+        plan: the sweep's plan.
+        trainings: evaluations of the dense models.
+        trials: prunings.
+        failed: trainings and trials that failed and have no result since.
+    """
+
+    plan: Plan
+    trainings: tuple[Record, ...]
+    trials: tuple[Record, ...]
+    failed: tuple[Record, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return len(self.trainings) == len(self.plan.trainings) and len(self.trials) == len(
+            self.plan.trials
+        )
+
+
+def collect(plan: Plan, store: Store) -> Results:
+    """Read every record of a sweep that the store holds."""
+    have = {kind: store.keys(kind) for kind in ("training", "trial")}
+    failed = []
+
+    def records(kind: str, keys: Iterable[str]) -> tuple[Record, ...]:
+        found = []
+        for key in keys:
+            if key in have[kind]:
+                found.append(store.read_record(kind, key))
+            elif failure := store.read_failure(key):
+                failed.append(failure)
+        return tuple(found)
+
+    trainings = records("training", [t.result for t in plan.trainings])
+    trials = records("trial", [t.key for t in plan.trials])
+    return Results(plan, trainings, trials, tuple(failed))
+
+
+def results_of(path: Path | str) -> tuple[Results, Store]:
+    """What the store knows of a sweep file.
+
+    Raises:
+        SpecError, SceneError, StoreError: the sweep cannot be read.
+        SweepError: it has no results yet.
+    """
+    sweep, store = open_sweep(path)
+    results = collect(make_plan(sweep, store), store)
+    if not results.trials and not results.trainings:
+        raise SweepError(
+            f"sweep {sweep.name!r} has no results in {store.root} yet; "
+            f"run it first: prunefield run {path}"
+        )
+    return results, store
+
+
+def log_known(plan: Plan, store: Store, tracking: TrackingLogger) -> None:
+    """Hand the tracking store what an earlier run finished; what it has already costs nothing."""
+    known = collect(plan, store)
+    for record in (*known.trainings, *known.trials):
+        tracking.record(record)
+
+
+def sweep_info(plan: Plan, origin: Origin) -> SweepInfo:
+    """What the sweep's run in MLflow says about it."""
+    sweep = plan.sweep
+    counts = plan.summary()
+    return SweepInfo(
+        name=sweep.name,
+        hash=sweep.hash,
+        yaml=sweep.text,
+        commit=origin.commit,
+        hardware=describe_device(resolve_device("auto")),
+        seed=sweep.train_seeds[0],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        planned={what: counts[what]["total"] for what in ("trainings", "calibrations", "trials")},
+    )
+
+
+def report_data(results: Results, store: Store) -> ReportData:
+    """What the report of a sweep shows."""
+    sweep = results.plan.sweep
+    largest = default_reference(results.trainings)
+    return ReportData(
+        name=sweep.name,
+        hash=sweep.hash,
+        dense=(*results.trainings, *(r for r in results.failed if r.kind == "training")),
+        trials=(*results.trials, *(r for r in results.failed if r.kind == "trial")),
+        store=store,
+        reference=largest and Reference(largest.size_bytes, sweep.report.reference_psnr),
+        ratios=sweep.report.ratios,
+        description=sweep.description,
+        commit=Origin.here().commit,
+        seed=sweep.train_seeds[0],
+    )
+
+
+def report_folder(sweep: Sweep, store: Store) -> Path:
+    """Where the report of a sweep goes by default."""
+    return store.root / "sweeps" / f"{sweep.name}-{sweep.hash}" / "report"

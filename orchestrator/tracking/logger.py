@@ -1,0 +1,240 @@
+"""The logger that a sweep talks to: a queue and one background thread.
+
+Calls return at once; MLflow is imported, opened and written by the thread, off the critical path.
+What the tracking store refuses is tried again; what is left at the end is named in one warning,
+and logged by the next run of the sweep, because the store keeps every record.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from orchestrator.errors import TrackingError
+from orchestrator.results import Record
+from orchestrator.store import Store
+from orchestrator.tracking.names import SweepInfo, default_uri
+
+if TYPE_CHECKING:  # MLflow takes two seconds to import: the thread does it
+    from orchestrator.tracking.writer import RunWriter
+
+log = logging.getLogger(__name__)
+
+CURVE_SECONDS = 2.0
+CURVE_POINTS = 250
+ATTEMPTS = 4
+FIRST_DELAY = 0.25
+LONGEST_DELAY = 30.0
+
+CurvePoint = tuple[int, int, Mapping[str, float]]
+Action = Callable[["RunWriter"], None]
+
+
+class TrackingLogger:
+    """Logs one sweep to MLflow; use it as a context manager.
+
+    ::
+
+        with TrackingLogger(uri, "prunefield", info, store) as tracking:
+            tracking.training_progress(key, step, {"psnr": 21.3})
+            tracking.record(record)          # any number of times, in any order
+            tracking.front(keys, {"hypervolume": hv})
+            tracking.report(folder)
+
+    Leaving the block waits for what is queued and ends every run: the sweep's as FINISHED, as
+    FAILED after an exception, as KILLED after Ctrl-C; children that had no record as KILLED.
+
+    Args:
+        uri: the tracking store; None for SQLite in the storage folder.
+        experiment: name of the MLflow experiment.
+        info: what the parent run says about the sweep.
+        store: where the files beside the records are.
+        system_metrics: log CPU, memory, disk, network and GPU of this machine on the parent run.
+        patience: seconds to wait at the end for a tracking store that does not answer.
+
+    Raises:
+        TrackingError: on entering, when the tracking store cannot be used.
+    """
+
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        info: SweepInfo,
+        store: Store,
+        *,
+        system_metrics: bool = True,
+        patience: float = 60.0,
+    ) -> None:
+        self.uri = uri or default_uri(store)
+        self.experiment = experiment
+        self.info = info
+        self.store = store
+        self.parent_run_id: str | None = None
+        self.experiment_id: str | None = None
+        self._system_metrics = system_metrics
+        self._patience = patience
+        self._jobs: queue.SimpleQueue[tuple[str, Action] | None] = queue.SimpleQueue()
+        self._curves: dict[str, list[CurvePoint]] = {}
+        self._curves_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ready = threading.Event()
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._status = "FINISHED"
+        self._error: TrackingError | None = None
+        self._unlogged: list[tuple[str, str]] = []
+        self._told = False
+
+    # --- what the sweep calls --------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to open the tracking store, without waiting for it; entering the block waits."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+            self._thread.start()
+
+    def record(self, record: Record) -> None:
+        """Log a training or a trial, failed or not; one that is logged already costs nothing."""
+        self._put(f"{record.kind} {record.key}", lambda writer: writer.write_record(record))
+
+    def training_progress(self, key: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a point to the curves of a training under way; points travel in batches."""
+        point = (step, int(time.time() * 1000), dict(metrics))
+        with self._curves_lock:
+            self._curves.setdefault(key, []).append(point)
+
+    def front(self, keys: Iterable[str], metrics: Mapping[str, float]) -> None:
+        """Mark the runs of the Pareto front; metrics of the whole sweep, such as hypervolume."""
+        chosen = frozenset(keys)
+        self._put("the front", lambda writer: writer.write_front(chosen, metrics))
+
+    def report(self, folder: Path) -> None:
+        """Keep the files of the report on the parent run."""
+        self._put("the report", lambda writer: writer.write_report(folder))
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until what was given so far is logged or given up; False after ``timeout`` s."""
+        done = threading.Event()
+        self._put("a flush", lambda _: done.set())
+        return done.wait(timeout)
+
+    @property
+    def unlogged(self) -> tuple[str, ...]:
+        """What could not be logged, each with the reason."""
+        return tuple(f"{what}: {why}" for what, why in self._unlogged)
+
+    def __enter__(self) -> Self:
+        self.start()
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._status = "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
+        self._deadline = time.monotonic() + self._patience
+        self._closing.set()
+        self._jobs.put(None)
+        if self._thread is not None:
+            self._thread.join(self._patience + 10)
+            if self._thread.is_alive():
+                self._unlogged.append(("the rest", "the tracking store did not answer in time"))
+        if self._unlogged:
+            log.warning(
+                "%d item%s could not be logged to the tracking store (%s). Nothing is lost: the "
+                "storage folder %s has every result; run the sweep again to log what is missing.",
+                len(self._unlogged),
+                "s" * (len(self._unlogged) != 1),
+                "; ".join(self.unlogged[:3]) + "; …" * (len(self._unlogged) > 3),
+                self.store.root,
+            )
+
+    # --- the thread ------------------------------------------------------------------------
+
+    def _put(self, what: str, action: Action) -> None:
+        self._jobs.put((what, action))
+
+    def _work(self) -> None:
+        try:
+            from orchestrator.tracking.writer import RunWriter  # noqa: PLC0415  takes two seconds
+
+            writer = RunWriter(self.uri, self.experiment, self.info, self.store)
+        except Exception as error:
+            self._error = (
+                error
+                if isinstance(error, TrackingError)
+                else TrackingError(f"the tracking store {self.uri} cannot be used: {error}")
+            )
+            self._ready.set()
+            return
+        self.parent_run_id, self.experiment_id = writer.parent, writer.experiment_id
+        self._ready.set()
+        if self._system_metrics:
+            self._attempt(writer, "system metrics", lambda w: w.start_monitor())
+        while (job := self._next()) is not None:
+            self._flush_curves(writer)
+            what, action = job
+            self._attempt(writer, what, action)
+        self._flush_curves(writer)
+        self._attempt(writer, "the end of the sweep's run", lambda w: w.end(self._status))
+
+    def _next(self) -> tuple[str, Action] | None:
+        """The next job; none in a while is a job too, so that curves move on."""
+        try:
+            return self._jobs.get(timeout=CURVE_SECONDS)
+        except queue.Empty:
+            return "curves", lambda _: None
+
+    def _flush_curves(self, writer: "RunWriter") -> None:
+        with self._curves_lock:
+            curves, self._curves = self._curves, {}
+        for key, points in curves.items():
+            for first in range(0, len(points), CURVE_POINTS):
+                part = points[first : first + CURVE_POINTS]
+                self._attempt(
+                    writer,
+                    f"curves of training {key}",
+                    lambda w, key=key, part=part: w.write_curve(key, part),  # type: ignore[misc]
+                )
+
+    def _attempt(self, writer: "RunWriter", what: str, action: Action) -> None:
+        """Run an action until it succeeds, fails `ATTEMPTS` times, or time is up.
+
+        A server that nobody reaches counts as no attempt: it may come back during the sweep.
+        """
+        from orchestrator.tracking.stores import brief, unreachable  # noqa: PLC0415  imports MLflow
+
+        attempts, delay = 0, FIRST_DELAY
+        while True:
+            problem = unreachable(self.uri)
+            if problem is None:
+                try:
+                    action(writer)
+                    self._told = False
+                    return
+                except Exception as error:
+                    log.debug("logging %s failed", what, exc_info=True)
+                    problem = brief(error)
+                    attempts += 1
+            if attempts >= ATTEMPTS or time.monotonic() + delay > self._deadline:
+                self._unlogged.append((what, problem))
+                return
+            if not self._told:  # once an outage
+                log.info("cannot log %s yet (%s); trying again in the background", what, problem)
+                self._told = True
+            if self._closing.is_set():
+                time.sleep(delay)
+            else:
+                self._closing.wait(delay)
+            delay = min(2 * delay, LONGEST_DELAY)

@@ -1,0 +1,168 @@
+"""What runs, tags, params and metrics are called in MLflow."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.keys import content_key
+from orchestrator.results import Record
+from orchestrator.store import Store
+
+HASH = "prunefield.sweep_hash"
+KIND = "prunefield.kind"
+KEY = "prunefield.key"
+STATE = "prunefield.state"
+DIGEST = "prunefield.digest"
+TRAINING = "prunefield.training"
+TRAINING_RUN = "prunefield.training_run"
+FRONT = "prunefield.front"
+COMMIT = "prunefield.commit"
+SEED = "prunefield.seed"
+HARDWARE = "prunefield.hardware"
+FAILED_STAGE = "prunefield.failure_stage"
+FAILED_REASON = "prunefield.failure_reason"
+PARENT = "mlflow.parentRunId"
+NOTE = "mlflow.note.content"
+
+MAX_TAG = 5000
+MAX_PARAM = 6000
+
+
+@dataclass(frozen=True)
+class SweepInfo:
+    """What the parent run says about its sweep.
+
+    Attributes:
+        name: the sweep's name.
+        hash: content hash of the resolved sweep; the same sweep is the same parent run.
+        yaml: text of the sweep file, kept as ``sweep.yaml``.
+        commit: git commit of the code, None outside git.
+        hardware: the machine that drives the sweep.
+        seed: the sweep's seed.
+        created: UTC time, ISO 8601.
+        planned: how many trainings, calibrations and trials were planned.
+    """
+
+    name: str
+    hash: str
+    yaml: str
+    commit: str | None
+    hardware: str
+    seed: int | None
+    created: str
+    planned: Mapping[str, int] = field(default_factory=dict)
+
+
+def default_uri(store: Store) -> str:
+    """The tracking store inside a storage folder: SQLite."""
+    return f"sqlite:///{store.root / 'mlflow.db'}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a SQLite address; None for anything else."""
+    name = uri.partition(":///")[2].partition("?")[0]
+    return Path(name) if uri.startswith("sqlite") and name else None
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment keeps its files: beside a SQLite file; a server decides itself."""
+    path = sqlite_path(uri)
+    return (path.resolve().parent / "mlartifacts").as_uri() if path else None
+
+
+def sweep_tags(info: SweepInfo) -> dict[str, str]:
+    """Tags of the parent run."""
+    planned = ", ".join(f"{count} {what}" for what, count in info.planned.items())
+    return _strings(
+        {
+            KIND: "sweep",
+            HASH: info.hash,
+            COMMIT: info.commit,
+            "mlflow.source.git.commit": info.commit,
+            HARDWARE: info.hardware,
+            SEED: info.seed,
+            "prunefield.created": info.created,
+            "prunefield.planned": planned or None,
+            NOTE: f"Sweep **{info.name}**: each child run is one training or one pruning trial. "
+            "Select the trials and press *Compare* for parallel coordinates, scatter and contour "
+            "plots; the report is among the artifacts.",
+        }
+    )
+
+
+def record_tags(record: Record, info: SweepInfo, parent: str) -> dict[str, str]:
+    """Tags of a child run that holds a record."""
+    seed = record.config.get("seed", info.seed)
+    return child_tags(record.kind, record.key, record.training, info, parent) | _strings(
+        {
+            COMMIT: record.provenance.commit,
+            "mlflow.source.git.commit": record.provenance.commit,
+            HARDWARE: record.provenance.hardware,
+            "prunefield.host": record.provenance.host,
+            SEED: seed,
+            FAILED_STAGE: record.failure.stage if record.failure else None,
+            FAILED_REASON: record.failure.reason if record.failure else None,
+        }
+    )
+
+
+def child_tags(kind: str, key: str, training: str, info: SweepInfo, parent: str) -> dict[str, str]:
+    """Tags that every child run has from its first moment."""
+    return {PARENT: parent, KIND: kind, KEY: key, TRAINING: training, HASH: info.hash}
+
+
+def run_name(kind: str, key: str, config: Mapping[str, Any]) -> str:
+    """What a person reads in the run list: ``activation both 50% uniform ab12cd34``."""
+    ratio = config.get("ratio")
+    parts = [
+        kind if kind == "training" else None,
+        config.get("criterion"),
+        config.get("networks"),
+        f"{100 * ratio:g}%" if isinstance(ratio, int | float) else None,
+        config.get("schedule"),
+        key[:8],
+    ]
+    return " ".join(str(part) for part in parts if part)
+
+
+def params(record: Record) -> dict[str, str]:
+    """The flat configuration as MLflow params; what is None is left out."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for name, value in record.config.items()
+        if value is not None
+    }
+
+
+def summary_metrics(record: Record) -> dict[str, float]:
+    """The record's metrics; MLflow cannot draw NaN or infinity, so those are left out."""
+    return {name: float(v) for name, v in record.metrics.items() if math.isfinite(v)}
+
+
+def view_metrics(record: Record) -> list[tuple[str, float, int]]:
+    """Name, value, step: ``view_psnr`` and so on, with the number of the view as the step."""
+    return [
+        (f"view_{name}", float(value), score.view)
+        for score in record.views
+        for name, value in (("mse", score.mse), ("psnr", score.psnr), ("ssim", score.ssim))
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def digest(record: Record) -> str:
+    """Changes when a record is made anew, so that its run is too."""
+    data = json.dumps({**record.to_json(), "files": {}}, default=str)
+    return content_key(json.loads(data, parse_constant=str))
+
+
+def image_step(record: Record) -> int:
+    """The ratio in percent, so that the slider of an image grid walks through the ratios."""
+    ratio = record.config.get("ratio", record.metrics.get("achieved_ratio", 0.0))
+    return round(100 * ratio) if isinstance(ratio, int | float) else 0
+
+
+def _strings(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value)[:MAX_TAG] for name, value in values.items() if value is not None}

@@ -1,0 +1,404 @@
+"""Writes one sweep into MLflow, one record at a time; doing it twice changes nothing.
+
+A child run passes through three states, kept in its tag ``prunefield.state``:
+
+========= ==========================================================================
+live      a training under way: curves only; adopted by whoever continues it
+logging   its record is being written; found so later, it was cut short: made anew
+logged    complete; skipped while the record's digest is the same, else made anew
+========= ==========================================================================
+
+Nothing here is thread-safe or catches errors: `TrackingLogger` calls it from one thread, retries,
+and gives up.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from orchestrator.results import Record
+from orchestrator.store import Store
+from orchestrator.tracking import names
+from orchestrator.tracking.stores import open_client, quiet
+
+MAX_METRICS = 1000
+MAX_PARAMS = 100
+PAGE = 1000
+MODEL_FILE = "model.safetensors"
+CURVES = "train/"
+SYSTEM_INTERVAL = 2.0
+
+
+@dataclass
+class Child:
+    """What is known of a child run.
+
+    Attributes:
+        run_id: its MLflow id.
+        status: its MLflow status (RUNNING, FINISHED, FAILED, KILLED).
+        tags: its tags.
+        last: the last step logged of each training curve.
+    """
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
+    last: dict[str, int]
+
+
+class RunWriter:
+    """The parent run of a sweep and its children.
+
+    Args:
+        uri: the tracking store.
+        experiment: name of the experiment.
+        info: the sweep.
+        store: where the files beside the records are.
+
+    Raises:
+        TrackingError: the tracking store cannot be used.
+    """
+
+    def __init__(self, uri: str, experiment: str, info: names.SweepInfo, store: Store) -> None:
+        self.uri = uri
+        self.info = info
+        self.store = store
+        self.client: MlflowClient = open_client(uri)
+        self.experiment_id: str = self._experiment(experiment)
+        self.parent: str = self._parent()
+        self.children: dict[str, Child] = {}
+        self._outdated: set[str] = set()
+        for run in self._search_children():
+            self._take(run.data.tags[names.KEY], _child(run))
+        self._monitor: SystemMetricsMonitor | None = None
+
+    # --- opening ---------------------------------------------------------------------------
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            return self.client.create_experiment(
+                name, artifact_location=names.artifact_location(self.uri)
+            )
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _parent(self) -> str:
+        tags = names.sweep_tags(self.info)
+        where = f"tags.`{names.HASH}` = '{self.info.hash}' AND tags.`{names.KIND}` = 'sweep'"
+        runs = self.client.search_runs(
+            [self.experiment_id], where, order_by=["attributes.start_time ASC"]
+        )
+        for run in runs:
+            if run.info.run_name == self.info.name:
+                run_id: str = run.info.run_id
+                self.client.update_run(run_id, status="RUNNING")
+                self.client.log_batch(run_id, tags=_tags(tags))
+                return run_id
+        run = self.client.create_run(self.experiment_id, run_name=self.info.name, tags=tags)
+        self.client.log_text(run.info.run_id, self.info.yaml, "sweep.yaml")
+        return str(run.info.run_id)
+
+    def _search_children(self) -> Iterator[Run]:
+        token: str | None = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id],
+                f"tags.`{names.PARENT}` = '{self.parent}'",
+                max_results=PAGE,
+                page_token=token,
+            )
+            yield from (run for run in page if names.KEY in run.data.tags)
+            token = page.token
+            if not token:
+                return
+
+    def _take(self, key: str, child: Child) -> None:
+        """One run a key: if a crash left two, the complete one stays."""
+        other = self.children.setdefault(key, child)
+        if other is not child:
+            keep, drop = (
+                (child, other) if child.tags.get(names.STATE) == "logged" else (other, child)
+            )
+            self.children[key] = keep
+            self._outdated.add(drop.run_id)
+
+    # --- records ---------------------------------------------------------------------------
+
+    def is_logged(self, record: Record) -> bool:
+        """Whether the run of this very record is complete."""
+        child = self.children.get(record.key)
+        return (
+            child is not None
+            and child.status in ("FINISHED", "FAILED")
+            and child.tags.get(names.STATE) == "logged"
+            and child.tags.get(names.DIGEST) == names.digest(record)
+        )
+
+    def write_record(self, record: Record) -> None:
+        """Log a training or a trial, unless it is there already."""
+        if self.is_logged(record):
+            return
+        run_id = self._begin(record)
+        self._tag(record.key, names.record_tags(record, self.info, self.parent))
+        model_id = self._write_model(record, run_id) if record.failure is None else None
+        self._write_numbers(record, run_id, model_id)
+        if record.failure is None:
+            self._write_images(record, run_id)
+        if record.kind == "training":
+            self._link_trials(record.training, run_id)
+        self._tag(record.key, {names.STATE: "logged", names.DIGEST: names.digest(record)})
+        self._end_child(record.key, "FAILED" if record.failure else "FINISHED", _ended(record))
+
+    def _begin(self, record: Record) -> str:
+        """A run in state ``logging`` for a record; what was cut short or is outdated is removed."""
+        old = self.children.get(record.key)
+        if old is not None and old.tags.get(names.STATE) == "live":
+            self._tag(record.key, {names.STATE: "logging"})
+            return old.run_id
+        name = names.run_name(record.kind, record.key, record.config)
+        run_id = self._create(
+            record.kind,
+            record.key,
+            record.training,
+            name=name,
+            state="logging",
+            start=_milliseconds(record.provenance.started),
+        )
+        if old is not None:
+            self._outdated.add(old.run_id)
+            if record.kind == "training":
+                self._copy_curves(old.run_id, run_id)
+        self._remove_outdated()
+        return run_id
+
+    def _create(
+        self, kind: str, key: str, training: str, *, name: str, state: str, start: int | None = None
+    ) -> str:
+        tags = names.child_tags(kind, key, training, self.info, self.parent)
+        tags[names.STATE] = state
+        if kind == "trial" and (of := self._training_run(training)):
+            tags[names.TRAINING_RUN] = of
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags, start_time=start)
+        self.children[key] = Child(run.info.run_id, "RUNNING", tags, {})
+        return str(run.info.run_id)
+
+    def _training_run(self, training: str) -> str | None:
+        """The run of the model that a trial pruned, if it is known yet."""
+        for child in self.children.values():
+            is_training = child.tags.get(names.KIND) == "training"
+            if is_training and child.tags.get(names.TRAINING) == training:
+                return child.run_id
+        return None
+
+    def _remove_outdated(self) -> None:
+        for run_id in tuple(self._outdated):
+            for model in self.client.search_logged_models(
+                [self.experiment_id], f"source_run_id = '{run_id}'"
+            ):
+                self.client.delete_logged_model(model.model_id)
+            self.client.set_terminated(run_id, "KILLED")
+            self.client.delete_run(run_id)
+            self._outdated.discard(run_id)
+
+    def _write_model(self, record: Record, run_id: str) -> str | None:
+        dense = record.kind == "training"
+        folder = (
+            self.store.folder("checkpoint", record.training)
+            if dense
+            else self.store.folder("trial", record.key)
+        )
+        path = folder / MODEL_FILE
+        if not path.is_file():
+            return None
+        model = self.client.create_logged_model(
+            self.experiment_id,
+            name=f"{'dense' if dense else 'pruned'}-{record.key}",
+            source_run_id=run_id,
+            params=names.params(record),
+            tags={names.KEY: record.key, names.HASH: self.info.hash},
+            model_type="nerf",
+        )
+        try:
+            self.client.log_model_artifact(model.model_id, str(path))
+        except Exception:
+            self.client.finalize_logged_model(model.model_id, "FAILED")
+            raise
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        return str(model.model_id)
+
+    def _write_numbers(self, record: Record, run_id: str, model_id: str | None) -> None:
+        # The record's own time: writing the same number again is then no second number.
+        at = _milliseconds(record.provenance.started)
+        metrics = [
+            Metric(name, value, at, 0, model_id=model_id)
+            for name, value in names.summary_metrics(record).items()
+        ]
+        metrics += [
+            Metric(name, value, at, step) for name, value, step in names.view_metrics(record)
+        ]
+        params = [Param(k, v[: names.MAX_PARAM]) for k, v in names.params(record).items()]
+        for batch in _batches(params, MAX_PARAMS):
+            self.client.log_batch(run_id, params=batch)
+        for batch in _batches(metrics, MAX_METRICS):
+            self.client.log_batch(run_id, metrics=batch)
+
+    def _write_images(self, record: Record, run_id: str) -> None:
+        step = names.image_step(record)
+        renders = self.store.folder(record.kind, record.key) / "renders"
+        for path in sorted(renders.glob("view_*.png")):
+            with PIL.Image.open(path) as image:
+                # `log_image` saves what it is given: have it copy the PNG, not compress it again.
+                image.save = partial(_copy, path)  # type: ignore[method-assign]
+                self.client.log_image(run_id, image, key=f"render/{path.stem}", step=step)
+
+    def _link_trials(self, training: str, run_id: str) -> None:
+        for trial, child in self.children.items():
+            if (
+                child.tags.get(names.KIND) == "trial"
+                and child.tags.get(names.TRAINING) == training
+                and child.tags.get(names.TRAINING_RUN) != run_id
+            ):
+                self._tag(trial, {names.TRAINING_RUN: run_id})
+
+    # --- training curves -------------------------------------------------------------------
+
+    def write_curve(self, key: str, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
+        """Log points (step, time in ms, metrics) of a training under way.
+
+        Steps that the run already holds, from before an interruption, are not logged again.
+        """
+        child = self.children.get(key)
+        if child is None:
+            name = names.run_name("training", key, {})
+            self._create("training", key, key, name=name, state="live")
+            child = self.children[key]
+        elif child.tags.get(names.STATE) != "live":
+            return
+        elif child.status != "RUNNING":
+            self.client.update_run(child.run_id, status="RUNNING")
+            child.status = "RUNNING"
+        metrics = []
+        for step, at, values in points:
+            for name, value in values.items():
+                curve = CURVES + name
+                if curve not in child.last:
+                    child.last[curve] = -1
+                if step > child.last[curve]:
+                    metrics.append(Metric(curve, float(value), at, step))
+        for batch in _batches(metrics, MAX_METRICS):
+            self.client.log_batch(child.run_id, metrics=batch)
+            for metric in batch:
+                child.last[metric.key] = max(child.last[metric.key], metric.step)
+
+    def _copy_curves(self, old: str, new: str) -> None:
+        for name in self.client.get_run(old).data.metrics:
+            if name.startswith(CURVES):
+                for batch in _batches(self.client.get_metric_history(old, name), MAX_METRICS):
+                    self.client.log_batch(new, metrics=batch)
+
+    # --- the parent run --------------------------------------------------------------------
+
+    def start_monitor(self) -> None:
+        """Log this machine's CPU, memory, disk, network and GPU on the parent run."""
+        with quiet():
+            self._monitor = SystemMetricsMonitor(
+                self.parent,
+                sampling_interval=SYSTEM_INTERVAL,
+                resume_logging=True,
+                tracking_uri=self.uri,
+            )
+            self._monitor.start()
+
+    def stop_monitor(self) -> None:
+        """End the system metrics; once is enough."""
+        if self._monitor is not None:
+            with quiet():
+                self._monitor.finish()
+            self._monitor = None
+
+    def write_front(self, keys: frozenset[str], metrics: Mapping[str, float]) -> None:
+        """Tag the runs of the front, so that the UI can filter them; metrics of the sweep."""
+        for key, child in self.children.items():
+            value = "true" if key in keys else "false"
+            if child.tags.get(names.KIND) == "trial" and child.tags.get(names.FRONT) != value:
+                self._tag(key, {names.FRONT: value})
+        self.client.log_batch(
+            self.parent,
+            metrics=[Metric(name, float(v), _now(), 0) for name, v in metrics.items()],
+        )
+
+    def write_report(self, folder: Path) -> None:
+        """Keep the files of the report on the parent run."""
+        self.client.log_artifacts(self.parent, str(folder), "report")
+
+    def end(self, status: str) -> None:
+        """End every child that still runs, then the parent."""
+        self._remove_outdated()
+        for key, child in self.children.items():
+            if child.status == "RUNNING":
+                self._end_child(key, "KILLED")
+        self.client.set_terminated(self.parent, status)
+        self.stop_monitor()  # last: after an outage it may wait for retries of MLflow's own
+
+    # --- small things ----------------------------------------------------------------------
+
+    def _tag(self, key: str, tags: Mapping[str, str]) -> None:
+        child = self.children[key]
+        self.client.log_batch(child.run_id, tags=_tags(tags))
+        child.tags.update(tags)
+
+    def _end_child(self, key: str, status: str, at: int | None = None) -> None:
+        child = self.children[key]
+        self.client.set_terminated(child.run_id, status, at)
+        child.status = status
+
+
+def _child(run: Run) -> Child:
+    # `get_metric_history` of every curve would be slow; the run itself knows each last step.
+    last = {m.key: m.step for m in run.data._metric_objs if m.key.startswith(CURVES)}
+    return Child(run.info.run_id, run.info.status, dict(run.data.tags), last)
+
+
+def _tags(tags: Mapping[str, str]) -> list[RunTag]:
+    return [RunTag(name, value) for name, value in tags.items()]
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _copy(source: Path, target: str, *_: Any, **__: Any) -> None:
+    shutil.copyfile(source, target)
+
+
+def _milliseconds(iso: str) -> int:
+    try:
+        return int(datetime.fromisoformat(iso).timestamp() * 1000)
+    except ValueError:
+        return _now()
+
+
+def _ended(record: Record) -> int:
+    """When the work was done, not when it was logged: the run's duration is the work's."""
+    seconds = sum(s for s in record.provenance.seconds.values() if math.isfinite(s))
+    return _milliseconds(record.provenance.started) + int(1000 * seconds)
+
+
+def _now() -> int:
+    return int(datetime.now().timestamp() * 1000)

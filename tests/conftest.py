@@ -1,0 +1,56 @@
+"""What every test shares: shapes checked at run time, Hypothesis without deadlines, fern."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from jaxtyping import config, install_import_hook
+
+# Before the first import of our packages: shapes in signatures are then checked on each call.
+install_import_hook(["nerf", "pruning"], "beartype.beartype")
+
+settings.register_profile("prunefield", deadline=None)
+settings.load_profile("prunefield")
+
+DATA_VARIABLE = "PRUNEFIELD_DATA"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Our own flags."""
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the files in tests/golden/ anew instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether the files in tests/golden/ are to be written anew."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """For arguments of a wrong type, to see our own message instead of the type checker's."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def fern_folder() -> Path:
+    """The real fern scene, which cannot be part of the project."""
+    data = os.environ.get(DATA_VARIABLE)
+    if not data:
+        pytest.skip(
+            f"{DATA_VARIABLE} is not set: it must name a folder that holds nerf_llff_data/fern "
+            "(`prunefield fetch fern -o FOLDER` makes one)"
+        )
+    folder = Path(data) / "nerf_llff_data" / "fern"
+    if not folder.is_dir():
+        pytest.skip(f"{DATA_VARIABLE}={data} holds no nerf_llff_data/fern")
+    return folder
