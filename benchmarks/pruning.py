@@ -31,6 +31,7 @@ from pruning import (
 
 SAMPLES = {"coarse": 64, "fine": 128}
 RAYS_AT_ONCE = 4096
+MOMENTS = ("mean", "absolute", "square", "firing", "gram")
 Result = TypeVar("Result")
 
 
@@ -41,8 +42,7 @@ def main(device: str, views: int, rays: int) -> None:
     statistics = {}
     for name, dense in networks.items():
         batches = samples(dense, SAMPLES[name], views * rays, device)
-        moments = ("mean", "absolute", "square", "firing", "gram")
-        nested = timed(f"collect {name}", device, lambda d=dense, b=batches: collect(d, b, moments))
+        nested = timed(f"collect {name}", device, lambda d=dense, b=batches: collect(d, b, MOMENTS))
         statistics[name] = nested.subset()
         timed(
             f"gradients {name}",
