@@ -21,6 +21,8 @@ from pruning.registry import lookup
 Widths = dict[str, dict[str, int]]
 """Channels kept, by network and prunable layer."""
 
+Number = float | int
+
 Node = tuple[str, str]
 """A prunable layer: (network, layer)."""
 
@@ -35,16 +37,16 @@ class Price:
         channel: each channel of a prunable layer, on top.
     """
 
-    weight: float
-    output: float
-    channel: float = 0.0
+    weight: Number
+    output: Number
+    channel: Number = 0
 
 
 PRICES: dict[str, Price] = {
-    "params": Price(1, 1),
-    "bytes": Price(4, 4),
-    "flops": Price(2, 0),
-    "channels": Price(0, 0, 1),
+    "params": Price(1.0, 1.0),
+    "bytes": Price(4.0, 4.0),
+    "flops": Price(2.0, 0.0),
+    "channels": Price(0.0, 0.0, 1.0),
 }
 """Prices by unit. Bytes are those of float32; at b bits a weight with a 16-bit bias and scale they
 are ``Price(b / 8, 4)``. FLOPs are those of one evaluation (a multiply and an add count as two)."""
@@ -61,12 +63,12 @@ class Budget:
             1 where a network is left out.
     """
 
-    amount: float
+    amount: Number
     price: Price = PRICES["params"]
-    uses: Mapping[str, float] = field(default_factory=dict)
+    uses: Mapping[str, Number] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, unit: str, amount: float, uses: Mapping[str, float] | None = None) -> "Budget":
+    def of(cls, unit: str, amount: Number, uses: Mapping[str, Number] | None = None) -> "Budget":
         """A budget in a unit of `PRICES`, e.g. ``Budget.of("params", 300_000)``.
 
         Raises:
@@ -131,7 +133,7 @@ class Cost:
             near[k][layer] = near[layer][k] = v
         return near
 
-    def check(self, amount: float) -> None:
+    def check(self, amount: Number) -> None:
         """Raise unless one channel a layer fits.
 
         Raises:

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pruning.budget import Cost, Node
+from pruning.budget import Cost, Node, Number
 from pruning.errors import PruningError
 
 Curves = Mapping[Node, np.ndarray]
@@ -85,7 +85,7 @@ class Chain:
                 m[child] = int(choice[child][m[parent]])
         return {node: m[node] for node in self.curves}
 
-    def within(self, amount: float) -> dict[Node, int]:
+    def within(self, amount: Number) -> dict[Node, int]:
         """The widths of least error that a multiplier finds within a budget, then filled up.
 
         Args:
@@ -122,7 +122,7 @@ class Chain:
         worst = sum(float(c[np.isfinite(c)].max(initial=0.0)) for c in self.curves.values())
         return max(worst, 1e-12) / max(self.cost(self.cost.dense), 1e-12)
 
-    def _filled(self, m: dict[Node, int], amount: float) -> dict[Node, int]:
+    def _filled(self, m: dict[Node, int], amount: Number) -> dict[Node, int]:
         """Spend what is left: again and again the widening that gains most error per cost."""
         m, near = dict(m), self.cost.neighbours()
         left = amount - self.cost(m)

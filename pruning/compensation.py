@@ -214,7 +214,7 @@ def sequential(
 
 def _cross_grams(
     network: Network, smaller: Network, layer: Layer, batches: Iterable[CalibrationBatch]
-) -> tuple[Float[Tensor, "n+1 kept+1"], Float[Tensor, "kept+1 kept+1"]]:
+) -> tuple[Float[Tensor, "n1 k1"], Float[Tensor, "k1 k1"]]:
     """E[[x; 1][x̃; 1]ᵀ] and E[[x̃; 1][x̃; 1]ᵀ] at one layer."""
     cross = own = torch.zeros(())
     weight = 0.0
@@ -238,7 +238,7 @@ def _cross_grams(
 
 def _input_of(
     network: Network, name: str, inputs: Mapping[str, Tensor]
-) -> Float[Tensor, "samples n+1"]:
+) -> Float[Tensor, "samples n1"]:
     """[x; 1] of a layer, float64."""
     with torch.no_grad():
         for layer, x, _ in network.activations(inputs):
@@ -285,7 +285,7 @@ def _kept_inputs(network: Network, layer: Layer, keep: KeepMasks) -> Bool[Tensor
     return kept
 
 
-def _with_layer(network: Network, name: str, V: Float[Tensor, "out in+1"]) -> Network:
+def _with_layer(network: Network, name: str, V: Float[Tensor, "out n1"]) -> Network:
     """The network with one layer's weight and bias replaced by V = [W | b]."""
     W, b = network.weights[name], network.biases[name]
     return Network(

@@ -111,7 +111,7 @@ only adds."""
 
 
 def elimination_path(
-    gram: Float[Tensor, "n+1 n+1"],
+    gram: Float[Tensor, "n1 n1"],
     outgoing: Float[Tensor, "rows n"],
     channels: slice = slice(None),
     damping: float = DAMPING,
@@ -131,11 +131,11 @@ def elimination_path(
 
 
 def compensated_weights(
-    gram: Float[Tensor, "n+1 n+1"],
-    V: Float[Tensor, "rows n+1"],
+    gram: Float[Tensor, "n1 n1"],
+    V: Float[Tensor, "rows n1"],
     kept: Bool[Tensor, " n"],
     damping: float = DAMPING,
-) -> Float[Tensor, "rows kept+1"]:
+) -> Float[Tensor, "rows k1"]:
     """A reader's weights and bias at the end of an elimination.
 
     Args:
@@ -244,14 +244,14 @@ def _readings(
     return readings
 
 
-def _energy(gram: Float[Tensor, "n+1 n+1"], outgoing: Float[Tensor, "rows n"]) -> float:
+def _energy(gram: Float[Tensor, "n1 n1"], outgoing: Float[Tensor, "rows n"]) -> float:
     """Σ_r Var(w_rᵀ x): what the readers compute, beside its mean."""
     covariance = gram[:-1, :-1] - torch.outer(gram[:-1, -1], gram[:-1, -1])
     return max(float(((outgoing @ covariance) * outgoing).sum()), 0.0)
 
 
 def _reading(
-    gram: Float[Tensor, "n+1 n+1"],
+    gram: Float[Tensor, "n1 n1"],
     outgoing: Float[Tensor, "rows n"],
     channels: slice,
     damping: float,

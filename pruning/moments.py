@@ -66,10 +66,10 @@ def square(seen: Seen) -> Float[Tensor, " channels"]:
 
 def firing(seen: Seen) -> Float[Tensor, " channels"]:
     """Σ w·[a > 0]; its average is the fraction of samples on which a channel is on."""
-    return _total(seen.a > 0, seen.w)
+    return _total((seen.a > 0).double(), seen.w)
 
 
-def gram(seen: Seen) -> Float[Tensor, "in+1 in+1"]:
+def gram(seen: Seen) -> Float[Tensor, "n1 n1"]:
     """Σ w·[x; 1][x; 1]ᵀ of the layer's input; its average is H with the constant as last column.
 
     The last column holds E[x] and the lower right corner 1. The sum is symmetric to the last bit.

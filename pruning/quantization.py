@@ -245,7 +245,7 @@ def quantize(
 
 
 def _coded(
-    W: Float[Tensor, "out in"], scheme: Scheme, gram: Float[Tensor, "n+1 n+1"] | None
+    W: Float[Tensor, "out in"], scheme: Scheme, gram: Float[Tensor, "n1 n1"] | None
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Codes, tables and the weights that they stand for (float64)."""
     importance = torch.ones(W.shape[1], dtype=torch.float64)
@@ -323,7 +323,7 @@ def _levels(codes: UInt8[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "ou
 
 
 def _gptq(
-    W: Float[Tensor, "out in"], rounded: Rounder, gram: Float[Tensor, "n+1 n+1"]
+    W: Float[Tensor, "out in"], rounded: Rounder, gram: Float[Tensor, "n1 n1"]
 ) -> UInt8[Tensor, "out in"]:
     """Round column after column; what a column loses, those after it take over.
 
@@ -488,7 +488,7 @@ def _output_error(
 # ------------------------------------------------------------------------------- bits and entropy
 
 
-def pack_bits(codes: UInt8[Tensor, " n"], bits: int) -> bytes:
+def pack_bits(codes: UInt8[Tensor, "..."], bits: int) -> bytes:
     """Codes below 2^b, b bits each, the lowest bit first; the last byte is filled up with zeros.
 
     >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).hex()

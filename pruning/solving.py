@@ -11,7 +11,7 @@ multiple of the mean power of the inputs; between 1e-3 and 1e-7 it hardly matter
 keeps H invertible when inputs are dead, constant or fewer samples than inputs were seen.
 
 Letters: V = [W | b] (out × in+1), H the damped Gram matrix with the constant last, S inputs kept,
-R inputs removed, U the weights on S.
+R inputs removed, U the weights on S. In shapes n1 is n + 1, the inputs and the constant.
 """
 
 import torch
@@ -26,7 +26,7 @@ DAMPING = 1e-4
 """λ as a fraction of the mean power of the inputs."""
 
 
-def damped(gram: Float[Tensor, "n+1 n+1"], damping: float = DAMPING) -> Float[Tensor, "n+1 n+1"]:
+def damped(gram: Float[Tensor, "n1 n1"], damping: float = DAMPING) -> Float[Tensor, "n1 n1"]:
     """H: the Gram matrix with λ = damping · mean E[x_j²] added for each input but the constant.
 
     If every input is dead, λ = damping.
@@ -54,9 +54,9 @@ def inverse(
 
 
 def solve_kept(
-    V: Float[Tensor, "out n+1"],
-    H: Float[Tensor, "n+1 n+1"],
-    kept: Bool[Tensor, "n+1"],
+    V: Float[Tensor, "out n1"],
+    H: Float[Tensor, "n1 n1"],
+    kept: Bool[Tensor, " n1"],
 ) -> Float[Tensor, "out kept"]:
     """U = V_S + V_R H_RS H_SS⁻¹: the best weights on the kept inputs.
 
@@ -79,9 +79,9 @@ def solve_kept(
 
 
 def obs_update(
-    V: Float[Tensor, "out n+1"],
-    H: Float[Tensor, "n+1 n+1"],
-    kept: Bool[Tensor, "n+1"],
+    V: Float[Tensor, "out n1"],
+    H: Float[Tensor, "n1 n1"],
+    kept: Bool[Tensor, " n1"],
 ) -> Float[Tensor, "out kept"]:
     """U = V_S − V_R ([H⁻¹]_RR)⁻¹ [H⁻¹]_RS: where eliminating R one input at a time ends.
 
@@ -100,7 +100,7 @@ def obs_update(
 
 def input_gram(
     network: Network, layer: Layer, statistics: Statistics | None
-) -> Float[Tensor, "n+1 n+1"]:
+) -> Float[Tensor, "n1 n1"]:
     """E[[x; 1][x; 1]ᵀ] of a layer's input, on the layer's device.
 
     Raises:
@@ -121,7 +121,7 @@ def input_gram(
     return gram.to(W.device)
 
 
-def with_bias(network: Network, name: str) -> Float[Tensor, "out in+1"]:
+def with_bias(network: Network, name: str) -> Float[Tensor, "out n1"]:
     """V = [W | b] of a layer in float64."""
     W, b = network.weights[name].double(), network.biases[name].double()
     return torch.cat((W, b[:, None]), dim=1)

@@ -71,7 +71,7 @@ class Reads:
         gram: E[[x; 1][x; 1]ᵀ]; None where no statistics were given.
     """
 
-    gram: Float[Tensor, "n+1 n+1"] | None
+    gram: Float[Tensor, "n1 n1"] | None
 
     def norms(self) -> Float[Tensor, " in"]:
         """√E[x_j²], which ranks as ‖x_j‖₂ over the calibration set does.
@@ -81,7 +81,7 @@ class Reads:
         """
         return self.needed().diagonal()[:-1].clamp(min=0).sqrt()
 
-    def needed(self) -> Float[Tensor, "n+1 n+1"]:
+    def needed(self) -> Float[Tensor, "n1 n1"]:
         """The Gram matrix.
 
         Raises:

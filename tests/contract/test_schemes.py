@@ -1,5 +1,7 @@
 """What every registered quantisation scheme promises."""
 
+from collections.abc import Iterable
+
 import pytest
 import safetensors.torch
 import torch
@@ -20,12 +22,29 @@ WIDTHS = {name: min(width, 11) for name, width in NERF_WIDTHS.items()}
 NETWORK = random_network(nerf_graph(), WIDTHS, seed=0, dtype=torch.float32)
 INPUTS = random_inputs(NETWORK, 80, seed=1, dtype=torch.float32)
 STATISTICS = collect(NETWORK, [CalibrationBatch(INPUTS)], ("gram",)).subset()
-NAMES = sorted(name for name, s in SCHEMES.items() if s.bits in (1, 2, 4, 8, 16, 32))
+NAMES = [
+    "bf16",
+    "fp16",
+    "fp32",
+    "gptq4",
+    "int2",
+    "int8",
+    "kmeans1",
+    "kmeans4",
+    "uint4",
+]  # each kind
 
 
 def difference(network: Network) -> float:
     dense, small = heads(NETWORK, INPUTS), heads(network, INPUTS)
     return max(float((small[h] - dense[h]).square().mean() / dense[h].var()) for h in dense)
+
+
+def test_every_kind_of_scheme_is_here() -> None:
+    def kinds(names: Iterable[str]) -> set[tuple[str, bool, bool]]:
+        return {(s.kind, s.symmetric, s.gptq) for s in (SCHEMES[n] for n in names)}
+
+    assert kinds(NAMES) == kinds(SCHEMES)
 
 
 @pytest.mark.parametrize("entropy", [False, True])

@@ -236,4 +236,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(StatisticsError, match="no statistics of network 'fine'"):
         elimination_paths({"fine": NETWORK}, {"coarse": STATISTICS})
     with pytest.raises(PruningError, match="damping"):
-        elimination_path(torch.eye(4, dtype=torch.float64), torch.ones(2, 3), damping=-1)
+        elimination_path(torch.eye(4, dtype=torch.float64), torch.ones(2, 3), damping=-1.0)

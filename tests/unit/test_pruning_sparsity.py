@@ -77,7 +77,7 @@ def test_sparsegpt_by_hand() -> None:
     the second becomes 2 − (1 / (2/√3)) (−1/√3) = 2½, least squares of z = x₁ + 2x₂ on x₂."""
     H = torch.tensor([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]], dtype=torch.float64)
     row = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
-    keep, sparse = sparsegpt(row, Reads(H), Pattern.of(0.5), damping=0)
+    keep, sparse = sparsegpt(row, Reads(H), Pattern.of(0.5), damping=0.0)
     assert kept(keep) == [[0, 1]]
     torch.testing.assert_close(sparse, torch.tensor([[0, 2.5]], dtype=torch.float64))
 
