@@ -256,8 +256,10 @@ def _coded(
         codes = _nearest(W, centres.double())
         return codes, {"codebook": centres}, centres.double()[codes.long()]
     scale, offset = uniform_grid(W, scheme, importance)
-    rounded = _rounder(scale, offset, scheme)
-    codes = _gptq(W, rounded, gram) if scheme.gptq and gram is not None else rounded(W)[0]
+    if scheme.gptq and gram is not None:
+        codes = _gptq(W, scale, offset, scheme, gram)
+    else:
+        codes = _rounded(W, scale, offset, scheme)[0]
     stored = _levels(codes, scheme).double() * scale.double()[:, None]
     if scheme.symmetric:
         return codes, {"scale": scale}, stored
@@ -265,9 +267,6 @@ def _coded(
 
 
 # ----------------------------------------------------------------------------------- uniform grids
-
-Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Weights (out × any) → their codes and the values that those stand for."""
 
 
 def uniform_grid(
@@ -295,7 +294,7 @@ def uniform_grid(
             middle, half = (low + high) / 2, clip * (high - low) / 2
             s, o = 2 * half / (2**scheme.bits - 1), middle - half
         s, o = s.half(), o.half()
-        error = ((_rounder(s, o, scheme)(W)[1] - W).square() * importance).sum(dim=1)
+        error = ((_rounded(W, s, o, scheme)[1] - W).square() * importance).sum(dim=1)
         better = error < best
         best = torch.where(better, error, best)
         scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
@@ -303,18 +302,19 @@ def uniform_grid(
     return torch.where(best.isfinite(), scale, torch.inf), offset
 
 
-def _rounder(scale: Tensor, offset: Tensor, scheme: Scheme) -> Rounder:
-    """Rounding to the nearest level of each row's grid; a row whose scale is 0 gets code 0."""
+def _rounded(
+    W: Float[Tensor, "out columns"], scale: Tensor, offset: Tensor, scheme: Scheme
+) -> tuple[UInt8[Tensor, "out columns"], Float[Tensor, "out columns"]]:
+    """The nearest level of each row's grid: codes, and the values that those stand for.
+
+    A row whose scale is 0 gets the code of its offset.
+    """
     s, o = scale.double()[:, None], offset.double()[:, None]
     middle = 2 ** (scheme.bits - 1) - 1 if scheme.symmetric else 0
     top = 2**scheme.bits - 2 if scheme.symmetric else 2**scheme.bits - 1
-
-    def rounded(W: Tensor) -> tuple[Tensor, Tensor]:
-        steps = torch.where(s > 0, (W - o) / s.where(s > 0, torch.ones_like(s)), 0.0)
-        codes = (steps.round() + middle).clamp(0, top)
-        return codes.to(torch.uint8), (codes - middle) * s + o
-
-    return rounded
+    steps = torch.where(s > 0, (W - o) / s.where(s > 0, torch.ones_like(s)), 0.0)
+    codes = (steps.round() + middle).clamp(0, top)
+    return codes.to(torch.uint8), (codes - middle) * s + o
 
 
 def _levels(codes: UInt8[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
@@ -323,7 +323,11 @@ def _levels(codes: UInt8[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "ou
 
 
 def _gptq(
-    W: Float[Tensor, "out in"], rounded: Rounder, gram: Float[Tensor, "n1 n1"]
+    W: Float[Tensor, "out in"],
+    scale: Float[Tensor, " out"],
+    offset: Float[Tensor, " out"],
+    scheme: Scheme,
+    gram: Float[Tensor, "n1 n1"],
 ) -> UInt8[Tensor, "out in"]:
     """Round column after column; what a column loses, those after it take over.
 
@@ -341,7 +345,7 @@ def _gptq(
     left = W[:, order].clone()
     codes = torch.zeros_like(left, dtype=torch.uint8)
     for i in range(left.shape[1]):
-        code, value = rounded(left[:, i : i + 1])
+        code, value = _rounded(left[:, i : i + 1], scale, offset, scheme)
         codes[:, i] = code[:, 0]
         delta = (left[:, i] - value[:, 0]) / upper[i, i]
         left[:, i + 1 :] -= delta[:, None] * upper[i, i + 1 :]
@@ -479,7 +483,7 @@ def _output_error(
     scaled = W.clone()
     scaled[:, part] *= s
     whole = (scaled.abs().amax(dim=1) / (2 ** (scheme.bits - 1) - 1)).half()
-    error = _rounder(whole, torch.zeros_like(whole), scheme)(scaled)[1] - scaled
+    error = _rounded(scaled, whole, torch.zeros_like(whole), scheme)[1] - scaled
     error[:, part] /= s
     energy = float(((W @ H) * W).sum())
     return float(((error @ H) * error).sum()) / energy if energy > 0 else 0.0
