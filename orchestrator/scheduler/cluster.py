@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+from ray._private import ray_constants
 
 from orchestrator.errors import ClusterError
 from orchestrator.log import logger
 from orchestrator.scheduler.queue import LANE
 from orchestrator.spec import Resources, StageResources
 
-LOOPBACK = "127.0.0.1"
 AUTO_GPUS = {"train": 1.0, "prune": 0.25}
 # Ray prints much at start-up that no user of a sweep can act on.
 QUIET = {
@@ -20,6 +20,11 @@ QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+
+# Ray reads this variable (meant for Windows and macOS) as "this machine is no cluster": every
+# process of a local cluster then listens on 127.0.0.1 only. It looks it up in the constant as well.
+LOOPBACK_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 
 
 @contextmanager
@@ -36,14 +41,15 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    if not _join():
-        _start()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with environment(QUIET):
+        if _join():
+            try:
+                yield
+            finally:
+                ray.shutdown()
+        else:
+            with _private_cluster():
+                yield
 
 
 def _join() -> bool:
@@ -63,26 +69,47 @@ def _join() -> bool:
     return True
 
 
-def _start() -> None:
-    # A cluster of one's own on loopback needs no token, and must not leave one in the home folder
-    # that would lock later clusters (Ray turns authentication on where it finds the file).
-    mode = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+@contextmanager
+def _private_cluster() -> Iterator[None]:
+    """A cluster on loopback for this process alone.
+
+    It needs no token, and must not leave one in the home folder that would lock later clusters
+    (Ray turns authentication on where it finds the file).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+    with environment({"RAY_AUTH_MODE": mode, LOOPBACK_VARIABLE: "0"}):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
+            yield
+        except (ConnectionError, RuntimeError, OSError) as error:
+            if ray.is_initialized():
+                raise
+            raise ClusterError(f"Ray could not be started on this machine: {error}") from error
+        finally:
+            ray.shutdown()
+            ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the time of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            _node_ip_address=LOOPBACK,
-        )
-    except (ConnectionError, RuntimeError, OSError) as error:
-        raise ClusterError(f"Ray could not be started on this machine: {error}") from error
+        yield
     finally:
-        if mode is None:
-            os.environ.pop("RAY_AUTH_MODE", None)
-        else:
-            os.environ["RAY_AUTH_MODE"] = mode
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def requests(resources: Resources) -> dict[str, dict[str, float]]:

@@ -1,7 +1,6 @@
 """Run a plan on Ray Tune."""
 
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from orchestrator.log import logger
 from orchestrator.plan import Calibration, Plan, Training
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Provenance, Record
-from orchestrator.scheduler.cluster import capacity, connected, requests
+from orchestrator.scheduler.cluster import capacity, connected, environment, requests
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
@@ -126,7 +125,7 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
         pending = str(lanes + len(plan.trainings))
         with (
             _quiet("ray.tune"),
-            _environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}),
+            environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}),
         ):
             tune.Tuner(
                 trainable,
@@ -181,17 +180,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         noisy.setLevel(before)
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

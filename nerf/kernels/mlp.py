@@ -1,0 +1,436 @@
+"""Networks on the fused kernels: `PackedField` evaluates one, `FusedField` trains one.
+
+Matrix products read bf16 and sum in fp32; master weights and gradients are fp32. A `FusedField`
+allocates everything when it is made: `pack`, `forward` and `backward` launch kernels only (no
+allocation, no synchronisation), so that a training step can be one CUDA graph.
+
+The gradients of the merged layer (see `nerf.kernels.plan`), with M = A·F, A the feature columns of
+W_view, F = W_feature, b_f its bias, dM = Σ δ hᵀ and δ the deltas of view, are exactly
+
+    dA = dM Fᵀ + (Σ δ) b_fᵀ,   dF = Aᵀ dM,   db_f = Aᵀ Σ δ,   db_view = Σ δ,
+    dD = Σ_rays (Σ_samples δ) γ(d)ᵀ   for the direction columns D.
+
+Importing this module needs Triton; `nerf.kernels.available` says whether that works here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nerf.encoding import encode
+from nerf.field import Field, FieldShape
+from nerf.kernels import chain, gradients
+from nerf.kernels.plan import CHUNK, MAX_VIEW_CHUNKS, SLOT, chunks, padded_rows, plan_for
+
+GATHER_BLOCK = 1024  # elements a program packs
+REDUCE_BLOCK = 512  # gradients a program sums up
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels are launched; the defaults are the best measured (docs/results/speed.md).
+
+    Attributes:
+        kind: "triton" (any GPU) or "hopper" (compute capability 9.0).
+        block: rows a program carries ("triton").
+        warps: warps a program has ("triton").
+        stages: depth of the pipeline of weights.
+        groups: warp groups of 64 rows each, 2 or 3 ("hopper"; more do not fit).
+        backward_stages: as `stages`, of the backward chain ("hopper").
+        backward_groups: as `groups`, of the backward chain ("hopper").
+        gradient_rows: rows a step of the weight gradients takes ("triton").
+        gradient_stages: depth of the pipeline of the weight gradients.
+        dtype: what the matrix products read; fp32 (for tests) needs "triton".
+    """
+
+    kind: str = "triton"
+    block: int = 128
+    warps: int = 8
+    stages: int = 3
+    groups: int = 2
+    backward_stages: int = 5
+    backward_groups: int = 2
+    gradient_rows: int = 64
+    gradient_stages: int = 3
+    dtype: torch.dtype = torch.bfloat16
+
+
+HOPPER = Launch(kind="hopper", stages=4, gradient_stages=4)
+
+
+def default_launch(device: torch.device, shape: FieldShape) -> Launch:
+    """The fastest launch of a network on a device."""
+    if (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and chunks(shape.view) <= MAX_VIEW_CHUNKS
+    ):
+        return HOPPER
+    return Launch()
+
+
+def programs(device: torch.device) -> int:
+    """Programs that fill the device at one program a multiprocessor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2
+
+
+class PackedField:
+    """One network packed for evaluation; nothing of it is trained.
+
+    Example:
+        >>> density, rgb = PackedField(field)(origins, directions, distances, view_directions)
+    """
+
+    def __init__(self, field: Field, launch: Launch | None = None) -> None:
+        device = field.rgb.weight.device
+        self.shape = field.shape
+        self.launch = launch or default_launch(device, field.shape)
+        self.plan = plan_for(field.shape)
+        with torch.no_grad():
+            weights = {name: value.detach().float() for name, value in field.named_parameters()}
+            from_feature, from_direction = weights["view.weight"].split(
+                (self.shape.feature, self.shape.direction_features), dim=1
+            )
+            # In float64: merging costs nothing and should not round.
+            mix = from_feature.double() @ weights["feature.weight"].double()
+            constant = from_feature.double() @ weights["feature.bias"].double()
+            weights["mix.weight"] = mix.float()
+            # Padded to whole chunks, so that the kernels read aligned rows.
+            padding = self.plan.view_columns - self.shape.view
+            self.direction = pad(from_direction, (0, 0, 0, padding))
+            self.constant = pad((weights["view.bias"].double() + constant).float(), (0, padding))
+            self.tiles = self.plan.forward_tiles(weights).to(self.launch.dtype)
+            self.vector = self.plan.vector(weights)
+        self.table = self.plan.table().to(device)
+        self.programs = programs(device)
+        self._scratch: Tensor | None = None
+
+    def share(self, view_directions: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays columns"]:
+        """What the view layer adds for a ray (its direction's share and biases), in chunks."""
+        encoded = encode(view_directions, self.shape.direction_octaves)
+        return torch.addmm(self.constant, encoded, self.direction.t())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        origins: Float[Tensor, "rays 3"],
+        directions: Float[Tensor, "rays 3"],
+        distances: Float[Tensor, "rays samples"],
+        view_directions: Float[Tensor, "rays 3"],
+    ) -> tuple[Float[Tensor, "rays samples"], Float[Tensor, "rays samples 3"]]:
+        """Evaluate at origin + distance · direction.
+
+        Args:
+            origins: ray origins (scene units or NDC).
+            directions: ray directions, of any length.
+            distances: where on each ray, in lengths of `directions`.
+            view_directions: unit directions the colour depends on.
+
+        Returns:
+            Raw density (before ReLU) and raw colour (before the sigmoid), fp32.
+        """
+        rays, samples = distances.shape
+        density = torch.empty_like(distances)
+        rgb = distances.new_empty(rays, samples, 3)
+        if rays * samples:
+            launch_forward(
+                self,
+                origins.contiguous(),
+                directions.contiguous(),
+                distances.contiguous(),
+                self.share(view_directions),
+                density,
+                rgb,
+            )
+        return density, rgb
+
+
+def launch_forward(
+    packed: PackedField,
+    origins: Tensor,
+    directions: Tensor,
+    distances: Tensor,
+    share: Tensor,
+    density: Tensor,
+    rgb: Tensor,
+) -> None:
+    """Launch the forward chain without keeping activations."""
+    plan, launch = packed.plan, packed.launch
+    rows = distances.numel()
+    if launch.kind == "hopper":
+        from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
+
+        hopper_chain.evaluate(packed, origins, directions, distances, share, density, rgb)
+        return
+    count = min(triton.cdiv(rows, launch.block), packed.programs)
+    if packed._scratch is None or packed._scratch.shape[1] < count * launch.block:
+        packed._scratch = torch.empty(
+            plan.activations,
+            count * launch.block,
+            CHUNK,
+            dtype=launch.dtype,
+            device=distances.device,
+        )
+    chain.forward_chain[(count,)](
+        origins, directions, distances, share, packed.table, packed.tiles, packed.vector,
+        packed._scratch, density, rgb, rows, distances.shape[1], packed._scratch.shape[1],
+        len(plan.forward), plan.density_at, plan.rgb_at, plan.heads_bias_at,
+        plan.shape.point_octaves, KEEP=False, BLOCK=launch.block, num_warps=launch.warps,
+        num_stages=launch.stages,
+    )  # fmt: skip
+
+
+class FusedField:
+    """One network that trains on the fused kernels, for a fixed number of rays and samples.
+
+    Attributes:
+        extended: fp32 master parameters, flat, in the order of `FieldShape.layers` (weight, then
+            bias), then `mix` and one zero; `parameters` is the view of the former.
+        gradients: their gradients, in the same order, overwritten by `backward`.
+        density, rgb: raw outputs of the last `forward`, (R, S) and (R, S, 3).
+    """
+
+    def __init__(
+        self,
+        shape: FieldShape,
+        rays: int,
+        samples: int,
+        device: str | torch.device,
+        launch: Launch | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.shape, self.rays, self.samples = shape, rays, samples
+        self.plan = plan = plan_for(shape)
+        self.launch = launch or default_launch(device, shape)
+        self.programs = programs(device)
+        dtype = self.launch.dtype
+        self.rows = rays * samples
+        self.padded = padded_rows(self.rows)
+
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=device)
+
+        self.extended = empty(plan.extended)
+        self.extended_gradients = empty(plan.extended)
+        self.parameters = self.extended[: plan.count]
+        self.gradients = self.extended_gradients[: plan.count]
+        self._weights = plan.views(self.extended)
+        self._grads = plan.views(self.extended_gradients)
+        self._forward_index = plan.forward_index.to(device)
+        self._backward_index = plan.backward_index.to(device)
+        self._vector_index = plan.vector_index.to(device)
+        self._gradient_index = plan.gradient_index.to(device)
+        self.table = plan.table().to(device)
+        self.backward_table = plan.table(backward=True).to(device)
+        self.tiles = empty(len(plan.forward_index), dtype=dtype)
+        self.backward_tiles = empty(len(plan.backward_index), dtype=dtype)
+        self.vector = empty(plan.vector_size)
+        items, first, slots = plan.work(self.padded, self.programs)
+        self.items, self.first_item, self.slots = (t.to(device) for t in (items, first, slots))
+        self.partials = empty(len(items), SLOT)
+        self.activations = empty(plan.activations, self.padded, CHUNK, dtype=dtype)
+        self.deltas = empty(plan.deltas, self.padded, CHUNK, dtype=dtype)
+        self.share = empty(rays, plan.view_columns)
+        self.constant = empty(shape.view)
+        self.density = empty(rays, samples)
+        self.rgb = empty(rays, samples, 3)
+        if self.launch.kind == "hopper":
+            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
+
+            self.hopper = hopper_chain.Buffers(self)
+
+    def load(self, field: Field) -> None:
+        """Copy the weights of a `Field` and pack them."""
+        with torch.no_grad():
+            for name, value in field.named_parameters():
+                self._weights[name].copy_(value)
+        self.pack()
+
+    def store(self, field: Field) -> None:
+        """Copy the weights into a `Field`."""
+        with torch.no_grad():
+            for name, value in field.named_parameters():
+                value.copy_(self._weights[name])
+
+    def _view_parts(self, views: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        weight = views["view.weight"]
+        return weight[:, : self.shape.feature], weight[:, self.shape.feature :]
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Refresh the bf16 copies after the master weights changed."""
+        from_feature, _ = self._view_parts(self._weights)
+        torch.mm(from_feature, self._weights["feature.weight"], out=self._weights["mix.weight"])
+        torch.addmv(
+            self._weights["view.bias"],
+            from_feature,
+            self._weights["feature.bias"],
+            out=self.constant,
+        )
+        for index, target in (
+            (self._forward_index, self.tiles),
+            (self._backward_index, self.backward_tiles),
+            (self._vector_index, self.vector),
+        ):
+            count = len(index)
+            gradients.gather[(triton.cdiv(count, GATHER_BLOCK),)](
+                self.extended, index, target, count, BLOCK=GATHER_BLOCK, num_warps=4
+            )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        origins: Float[Tensor, "rays 3"],
+        directions: Float[Tensor, "rays 3"],
+        distances: Float[Tensor, "rays samples"],
+        encoded_directions: Float[Tensor, "rays features"],
+    ) -> tuple[Float[Tensor, "rays samples"], Float[Tensor, "rays samples 3"]]:
+        """Evaluate at origin + distance · direction and keep what `backward` needs.
+
+        Args:
+            origins: ray origins, contiguous fp32, as the rest.
+            directions: ray directions, of any length.
+            distances: where on each ray, in lengths of `directions`.
+            encoded_directions: γ of the unit view directions.
+
+        Returns:
+            `density` and `rgb` (raw; overwritten by the next call).
+        """
+        self._encoded_directions = encoded_directions
+        _, from_direction = self._view_parts(self._weights)
+        torch.addmm(
+            self.constant,
+            encoded_directions,
+            from_direction.t(),
+            out=self.share[:, : self.shape.view],
+        )
+        plan, launch = self.plan, self.launch
+        if launch.kind == "hopper":
+            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
+
+            hopper_chain.forward(self, origins, directions, distances)
+            return self.density, self.rgb
+        grid = (triton.cdiv(self.padded, launch.block),)
+        chain.forward_chain[grid](
+            origins, directions, distances, self.share, self.table, self.tiles, self.vector,
+            self.activations, self.density, self.rgb, self.rows, self.samples, self.padded,
+            len(plan.forward), plan.density_at, plan.rgb_at, plan.heads_bias_at,
+            self.shape.point_octaves, KEEP=True, BLOCK=launch.block, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
+        return self.density, self.rgb
+
+    @torch.no_grad()
+    def backward(
+        self,
+        g_density: Float[Tensor, "rays samples"],
+        g_rgb: Float[Tensor, "rays samples 3"],
+    ) -> Float[Tensor, "parameters"]:
+        """Gradients of every parameter, given those of the raw outputs of the last `forward`.
+
+        Args:
+            g_density: gradient with respect to the raw density, contiguous fp32.
+            g_rgb: with respect to the raw colour.
+
+        Returns:
+            `gradients` (overwritten by the next call).
+        """
+        self.backward_deltas(g_density, g_rgb)
+        self.backward_weights()
+        return self.gradients
+
+    def backward_deltas(self, g_density: Tensor, g_rgb: Tensor) -> None:
+        """The backward chain alone: deltas of every layer."""
+        plan, launch = self.plan, self.launch
+        if launch.kind == "hopper":
+            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
+
+            hopper_chain.backward(self, g_density, g_rgb)
+            return
+        grid = (triton.cdiv(self.padded, launch.block),)
+        chain.backward_chain[grid](
+            g_density, g_rgb, self.backward_table, self.backward_tiles, self.vector,
+            self.activations, self.deltas, self.rows, self.padded, len(plan.backward),
+            plan.forward[-1].outputs, plan.activation_of["view"], plan.delta_of["view"],
+            plan.rgb_at, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    def backward_weights(self) -> None:
+        """Weight gradients from activations and deltas."""
+        self.partial_sums()
+        count = self.plan.extended
+        gradients.reduce_gradients[(triton.cdiv(count, REDUCE_BLOCK),)](
+            self.partials, self._gradient_index, self.slots, self.extended_gradients, count,
+            BLOCK=REDUCE_BLOCK, num_warps=4,
+        )  # fmt: skip
+        self._unmerge()
+
+    def partial_sums(self) -> None:
+        """The products of deltas and activations, before their reduction."""
+        launch = self.launch
+        if launch.kind == "hopper":
+            from nerf.kernels import hopper_gradients  # noqa: PLC0415  (needs Triton's Gluon)
+
+            hopper_gradients.partial_gradients(self)
+        else:
+            gradients.partial_gradients[(self.programs,)](
+                self.deltas, self.activations, self.items, self.first_item, self.partials,
+                self.padded, ROWS=launch.gradient_rows, num_warps=8,
+                num_stages=launch.gradient_stages,
+            )  # fmt: skip
+
+    def _unmerge(self) -> None:
+        """Gradients of feature and view from those of `mix` and of each ray's share."""
+        weights, grads = self._weights, self._grads
+        first, chunks = self.plan.delta_of["view"], self.plan.forward[-1].outputs
+        view = self.shape.view
+        delta = self.deltas[first : first + chunks, : self.rows]
+        per_ray = delta.view(chunks, self.rays, self.samples, CHUNK).sum(2, dtype=torch.float32)
+        per_ray = per_ray.permute(1, 0, 2).reshape(self.rays, chunks * CHUNK)[:, :view]
+        from_feature, _ = self._view_parts(weights)
+        g_feature, g_direction = self._view_parts(grads)
+        d_mix = grads["mix.weight"]
+        total = per_ray.sum(0)
+        grads["view.bias"].copy_(total)
+        g_direction.copy_(per_ray.t() @ self._encoded_directions)
+        g_feature.copy_(
+            torch.addr(d_mix @ weights["feature.weight"].t(), total, weights["feature.bias"])
+        )
+        torch.mm(from_feature.t(), d_mix, out=grads["feature.weight"])
+        torch.mv(from_feature.t(), total, out=grads["feature.bias"])
+
+
+class _Evaluate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameters, field, origins, directions, distances, encoded):  # type: ignore[no-untyped-def]
+        field.parameters.copy_(parameters)
+        field.pack()
+        density, rgb = field.forward(origins, directions, distances, encoded)
+        ctx.field = field
+        return density.clone(), rgb.clone()
+
+    @staticmethod
+    def backward(ctx, g_density, g_rgb):  # type: ignore[no-untyped-def]
+        gradient = ctx.field.backward(g_density.contiguous(), g_rgb.contiguous())
+        return gradient.clone(), None, None, None, None, None
+
+
+def evaluate(
+    parameters: Float[Tensor, "parameters"],
+    field: FusedField,
+    origins: Float[Tensor, "rays 3"],
+    directions: Float[Tensor, "rays 3"],
+    distances: Float[Tensor, "rays samples"],
+    encoded_directions: Float[Tensor, "rays features"],
+) -> tuple[Float[Tensor, "rays samples"], Float[Tensor, "rays samples 3"]]:
+    """`FusedField` for autograd: differentiable in the flat `parameters` only.
+
+    One forward of a `FusedField` must be followed by its backward before the next forward.
+    """
+    return _Evaluate.apply(parameters, field, origins, directions, distances, encoded_directions)
