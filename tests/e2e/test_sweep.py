@@ -151,9 +151,7 @@ def test_a_failing_stage_is_recorded_and_the_rest_goes_on(
     failures = [json.loads(p.read_text()) for p in out.glob("failures/*.json")]
     assert {f["kind"] for f in failures} == {"training", "trial"}
     assert all("diverged" in f["failure"]["reason"] for f in failures)
-    status = Counter(
-        (r.data.tags["prunefield.kind"], r.info.status) for r in mlflow_runs(out)
-    )
+    status = Counter((r.data.tags["prunefield.kind"], r.info.status) for r in mlflow_runs(out))
     assert status == {
         ("sweep", "FINISHED"): 1,
         ("training", "FINISHED"): 1,
