@@ -42,6 +42,7 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
 
     Raises:
         SpecError, SceneError, ClusterError, TrackingError, StoreError: before anything ran.
+        KeyboardInterrupt: it was interrupted; what was finished is kept, logged and reported.
     """
     sweep, store = open_sweep(path)
     plan = make_plan(sweep, store)
@@ -57,10 +58,14 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
         log_known(plan, store, tracking)
         outcome = execute(plan, store, origin, [show, TrackingListener(tracking)])
         results = collect(plan, store)
+        if not results.trainings and not results.failed:
+            raise KeyboardInterrupt
         data = report_data(results, store)
         report = write_report(data, report_folder(sweep, store))
         tracking.front(data.front_keys, {"hypervolume": data.hypervolume or 0.0})
         tracking.report(report.html.parent)
+        if outcome.interrupted:
+            raise KeyboardInterrupt
     return Finished(results, data, report, outcome)
 
 

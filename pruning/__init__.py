@@ -5,11 +5,16 @@ One pruning, from calibration samples to a smaller network::
     statistics = collect(network, batches).subset()
     ratios = allocate("uniform", len(network.graph.prunable()), 0.5)
     pruned = prune(network, ratios, "activation", statistics)
+
+Several networks cut to a budget by what we know to work best::
+
+    statistics = {name: collect(n, batches[name], moments_for_budget()).subset() for name, n in …}
+    pruned = shrink(networks, statistics, Budget.of("params", 300_000))
 """
 
 from pruning.allocation import ALLOCATIONS, allocate, check_ratio, check_ratios
+from pruning.budget import PRICES, Budget, Cost, Price, Widths
 from pruning.calibration import (
-    MOMENTS,
     CalibrationBatch,
     Cell,
     NestedStatistics,
@@ -17,45 +22,96 @@ from pruning.calibration import (
     cells,
     collect,
 )
-from pruning.errors import PruningError, RatioError, StatisticsError
+from pruning.chain import Chain
+from pruning.compensation import COMPENSATIONS, Compensation, compensate, sequential
+from pruning.elimination import (
+    Path,
+    compensated_weights,
+    elimination_path,
+    elimination_paths,
+)
+from pruning.errors import BudgetError, PruningError, RatioError, StatisticsError
+from pruning.gradients import collect_gradients
+from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
-from pruning.pipeline import Pruned, prune
-from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, score
+from pruning.pipeline import Pruned, moments_for_budget, prune, shrink
+from pruning.quantization import SCHEMES, Quantized, Scheme, balance, quantize
+from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, needs_gradients, score
 from pruning.selection import keep_mask, removed_count, select
+from pruning.simplify import merge_linear
 from pruning.size import bytes_of, mebibytes, nonzero_parameters
+from pruning.sizing import BUDGETED, Sizing, cost_of, top, widths_within
+from pruning.sparsity import SPARSE, Sparsified, sparsify, stored_bits
 from pruning.surgery import mask, remove
 
 __all__ = [
     "ALLOCATIONS",
+    "BUDGETED",
+    "COMPENSATIONS",
     "CRITERIA",
+    "GRADIENT_MOMENTS",
     "MOMENTS",
+    "PRICES",
+    "SCHEMES",
+    "SPARSE",
+    "Budget",
+    "BudgetError",
     "CalibrationBatch",
     "Cell",
+    "Chain",
+    "Compensation",
+    "Cost",
     "Criterion",
     "Layer",
     "LayerGraph",
+    "Moment",
     "NestedStatistics",
     "Network",
+    "Path",
+    "Price",
     "Pruned",
     "PruningError",
+    "Quantized",
     "RatioError",
+    "Scheme",
     "ScoredLayer",
+    "Seen",
+    "Sizing",
+    "Sparsified",
     "Statistics",
     "StatisticsError",
+    "Widths",
     "allocate",
+    "balance",
     "bytes_of",
     "cells",
     "check_ratio",
     "check_ratios",
     "collect",
+    "collect_gradients",
+    "compensate",
+    "compensated_weights",
+    "cost_of",
+    "elimination_path",
+    "elimination_paths",
     "keep_mask",
     "mask",
     "mebibytes",
+    "merge_linear",
     "moments_for",
+    "moments_for_budget",
+    "needs_gradients",
     "nonzero_parameters",
     "prune",
+    "quantize",
     "remove",
     "removed_count",
     "score",
     "select",
+    "sequential",
+    "shrink",
+    "sparsify",
+    "stored_bits",
+    "top",
+    "widths_within",
 ]

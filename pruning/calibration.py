@@ -13,17 +13,18 @@ piece is a `Cell`, accumulated separately, and the statistics of a set are the s
          └────┴───────────┘
          0    1          17 views
 
-What is kept of a layer is a set of *moments*: functions that add over samples (Σ w·a and the
-like). A new moment is one function and one line in `MOMENTS`.
+What is kept of a layer is a set of *moments* (see `pruning.moments`): E[a], E[a²] and their like
+of the outputs of the prunable layers, and the Gram matrix of the input of every layer.
 
 Letters: x a layer's input, a its output after the activation, w a sample's weight (1 unless given).
-Sums are float64 whatever the network computes in, and are divided by Σ w, so a batch of n rows
-counts n times as much as one row and the chunks that the samples arrive in do not matter.
+How samples are weighted (all alike, by render weight, by detail) is the choice of whoever feeds
+them. Sums are float64 whatever the network computes in, and are divided by Σ w, so a batch of n
+rows counts n times as much as one row and the chunks that samples arrive in do not matter.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -34,27 +35,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pruning.errors import StatisticsError
-from pruning.network import Network
+from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen, is_maximum
+from pruning.network import Layer, Network
 from pruning.registry import lookup
-
-# ------------------------------------------------------------------------------------- moments
-
-MomentSum = Callable[[Tensor, Tensor | None], Tensor]
-
-
-def output_sum(
-    a: Float[Tensor, "samples channels"], w: Float[Tensor, " samples"] | None
-) -> Float[Tensor, " channels"]:
-    """Σ w·a for each channel; its average is the mean activation E[a]."""
-    if w is None:
-        return a.sum(dim=0, dtype=torch.float64)
-    return w @ a.double()
-
-
-MOMENTS: dict[str, MomentSum] = {
-    "mean": output_sum,
-}
-"""What can be accumulated of a prunable layer's output, by the name of its average."""
 
 # --------------------------------------------------------------------------------- nested sets
 
@@ -115,7 +98,7 @@ class CalibrationBatch:
 
     Attributes:
         inputs: external inputs of the network, one row a sample. Those that only layers after the
-            last prunable one read may be left out.
+            last prunable one read may be left out while no moment looks at inputs of layers.
         weights: how much each sample counts (≥ 0); None for 1 each.
         cell: where the samples lie in the rank space.
     """
@@ -135,7 +118,7 @@ class Statistics:
     Attributes:
         rows: samples seen.
         weight: Σ w over them (equal to `rows` when no weights were given).
-        sums: layer → moment → sum, float64 on the CPU.
+        sums: layer → moment → sum (or maximum), float64 on the CPU.
     """
 
     rows: int
@@ -152,10 +135,32 @@ class Statistics:
             self.rows + other.rows,
             self.weight + other.weight,
             {
-                layer: {name: total + other.sums[layer][name] for name, total in moments.items()}
+                layer: {
+                    name: _combined(name, total, other.sums[layer][name])
+                    for name, total in moments.items()
+                }
                 for layer, moments in self.sums.items()
             },
         )
+
+    def joined(self, other: "Statistics") -> "Statistics":
+        """Other moments of the same samples beside these (those of a pass with gradients, say).
+
+        Raises:
+            StatisticsError: the two saw different numbers of samples, or have a moment in common.
+        """
+        if (self.rows, self.weight) != (other.rows, other.weight):
+            raise StatisticsError(
+                f"moments of {self.rows} samples (weight {self.weight}) cannot be put beside those "
+                f"of {other.rows} (weight {other.weight}): they are of different calibration sets"
+            )
+        sums = {layer: dict(moments) for layer, moments in self.sums.items()}
+        for layer, moments in other.sums.items():
+            twice = sums.setdefault(layer, {}).keys() & moments.keys()
+            if twice:
+                raise StatisticsError(f"layer {layer!r} has {sorted(twice)} in both statistics")
+            sums[layer] |= moments
+        return Statistics(self.rows, self.weight, sums)
 
     def average(self, layer: str, moment: str) -> Float[Tensor, "..."]:
         """A moment's weighted average over the samples, e.g. ``average("trunk.0", "mean")``.
@@ -168,16 +173,31 @@ class Statistics:
                 f"no statistics of layer {layer!r}; there are those of {list(self.sums)}"
             )
         if moment not in self.sums[layer]:
+            how = (
+                "it needs a loss: use collect_gradients()"
+                if moment in GRADIENT_MOMENTS
+                else f"pass moments=({moment!r}, …) to collect()"
+            )
             raise StatisticsError(
                 f"moment {moment!r} of layer {layer!r} was not collected, only "
-                f"{list(self.sums[layer])}; pass moments=({moment!r}, …) to collect()"
+                f"{list(self.sums[layer])}; {how}"
             )
         if not self.weight > 0:
             raise StatisticsError(
                 f"the weights of the {self.rows} calibration samples sum to {self.weight}, "
                 "so there is no average; give some sample a weight above 0"
             )
-        return self.sums[layer][moment] / self.weight
+        total = self.sums[layer][moment]
+        return total.clone() if is_maximum(moment) else total / self.weight
+
+    def variance(self, layer: str) -> Float[Tensor, " channels"]:
+        """E[a²] − E[a]² of a layer's outputs, from the moments "square" and "mean"; never below 0.
+
+        Raises:
+            StatisticsError: they were not collected.
+        """
+        spread = self.average(layer, "square") - self.average(layer, "mean").square()
+        return spread.clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -294,52 +314,92 @@ def collect(
         moments: names in `MOMENTS`.
 
     Returns:
-        The statistics of the outputs of each prunable layer.
+        The statistics of the outputs of each prunable layer, and of the inputs of every layer where
+        a moment looks at inputs.
 
     Raises:
         StatisticsError: there are no samples, a batch does not fit the network, or a value is NaN
             or infinite (the message names the layer or the input).
         PruningError: a moment has no such name.
     """
-    functions = {name: lookup(MOMENTS, name, "moment") for name in moments}
-    observed = network.graph.prunable()
-    if not observed:
+    chosen = {name: lookup(MOMENTS, name, "moment") for name in moments}
+    if not network.graph.prunable():
         raise StatisticsError(
             "no layer of this network is prunable, so there is nothing to observe"
         )
-    _check_weights(network)
+    last = _last_observed(network, chosen)
+    check_weights(network)
     totals: dict[Cell, Statistics] = {}
     for batch in batches:
-        inputs, w = _checked(network, batch)
+        inputs, w = checked_batch(network, batch, last)
         n_rows = len(next(iter(inputs.values())))
         if n_rows == 0:
             continue
         sums: dict[str, dict[str, Tensor]] = {}
-        for layer, _, a in network.activations(inputs):
-            if layer.prunable:
-                sums[layer.name] = {name: f(a, w) for name, f in functions.items()}
-            if layer.name == observed[-1]:
+        checks: dict[str, Tensor] = {}
+        shared: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        for layer, x, a in network.activations(inputs):
+            checks[layer.name] = a.sum(dtype=torch.float64)
+            seen = Seen(x, a, network.weights[layer.name], w)
+            of_layer = _contributions(layer, seen, chosen, shared)
+            if of_layer:
+                sums[layer.name] = of_layer
+            if layer.name == last:
                 break
         weight = float(n_rows) if w is None else float(w.sum())
-        seen = Statistics(n_rows, weight, _finite_on_cpu(sums))
-        totals[batch.cell] = totals[batch.cell] + seen if batch.cell in totals else seen
+        _check_finite(checks)
+        seen_now = Statistics(n_rows, weight, finite_on_cpu(sums))
+        totals[batch.cell] = totals[batch.cell] + seen_now if batch.cell in totals else seen_now
     if not totals:
         raise StatisticsError("the calibration set holds no samples; give at least one")
     return NestedStatistics({cell: totals[cell] for cell in sorted(totals)})
 
 
-def _needed_inputs(network: Network) -> tuple[str, ...]:
-    """External inputs read by the last prunable layer or one before it."""
-    read: list[str] = []
-    waiting: list[str] = []
+def _contributions(
+    layer: Layer,
+    seen: Seen,
+    chosen: Mapping[str, Moment],
+    shared: dict[tuple[str, tuple[str, ...]], Tensor],
+) -> dict[str, Tensor]:
+    """What one batch adds to each moment of one layer; `shared` holds what depends on x alone."""
+    sums = {}
+    for name, moment in chosen.items():
+        if moment.side == "output":
+            if layer.prunable:
+                sums[name] = moment.of(seen)
+        elif moment.reads_weights:
+            sums[name] = moment.of(seen)
+        else:
+            key = (name, layer.inputs)
+            if key not in shared:
+                shared[key] = moment.of(seen)
+            sums[name] = shared[key].clone()
+    return sums
+
+
+def _last_observed(network: Network, chosen: Mapping[str, Moment]) -> str:
+    """The last layer that has to be computed."""
+    if any(moment.side == "input" for moment in chosen.values()):
+        return network.graph.layers[-1].name
+    return network.graph.prunable()[-1]
+
+
+def _combined(moment: str, one: Tensor, two: Tensor) -> Tensor:
+    """Two sums or two maxima put together."""
+    return torch.maximum(one, two) if is_maximum(moment) else one + two
+
+
+def _needed_inputs(network: Network, last: str) -> tuple[str, ...]:
+    """External inputs read by a layer up to `last`."""
+    read: set[str] = set()
     for layer in network.graph.layers:
-        waiting += layer.inputs
-        if layer.prunable:
-            read, waiting = read + waiting, []
+        read |= set(layer.inputs)
+        if layer.name == last:
+            break
     return tuple(name for name in network.graph.external if name in read)
 
 
-def _check_weights(network: Network) -> None:
+def check_weights(network: Network) -> None:
     """Raise if a weight is not finite: behind a ReLU, −∞ would pass for a channel that is off."""
     for layer in network.graph.layers:
         for tensor in (network.weights[layer.name], network.biases[layer.name]):
@@ -350,11 +410,22 @@ def _check_weights(network: Network) -> None:
                 )
 
 
-def _checked(network: Network, batch: CalibrationBatch) -> tuple[dict[str, Tensor], Tensor | None]:
-    """A batch's inputs in the network's precision and its weights in float64, if they fit."""
+def checked_batch(
+    network: Network, batch: CalibrationBatch, last: str
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A batch's inputs in the network's precision and its weights in float64, if they fit.
+
+    Args:
+        network: what the batch is for.
+        batch: some samples.
+        last: the last layer that will be computed; inputs that only later ones read may be missing.
+
+    Raises:
+        StatisticsError: something is missing, of the wrong shape, or not finite.
+    """
     like = network.weights[network.graph.layers[0].name]
     inputs: dict[str, Tensor] = {}
-    for name in _needed_inputs(network):
+    for name in _needed_inputs(network, last):
         if name not in batch.inputs:
             raise StatisticsError(
                 f"a calibration batch lacks input {name!r}; it has {sorted(batch.inputs)}"
@@ -382,22 +453,34 @@ def _checked(network: Network, batch: CalibrationBatch) -> tuple[dict[str, Tenso
     return inputs, w
 
 
-def _finite_on_cpu(sums: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The sums on the CPU, or an error that names the first layer where one is not finite.
+def _check_finite(checks: Mapping[str, Tensor]) -> None:
+    """Raise for the first layer whose activations do not sum to a finite number.
 
-    A sum is checked instead of its terms: a NaN or an infinity among them does not cancel.
+    The sum is checked instead of its terms: a NaN or an infinity among them does not cancel.
     """
+    finite = torch.isfinite(torch.stack(list(checks.values()))).tolist()
+    for layer, is_finite in zip(checks, finite, strict=True):
+        if not is_finite:
+            raise StatisticsError(_not_finite(layer))
+
+
+def finite_on_cpu(sums: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The sums on the CPU, or an error that names the first layer where one is not finite."""
     on_cpu = {
         layer: {name: total.cpu() for name, total in moments.items()}
         for layer, moments in sums.items()
     }
     for layer, moments in on_cpu.items():
         if not all(bool(torch.isfinite(total).all()) for total in moments.values()):
-            raise StatisticsError(
-                f"the calibration activations of layer {layer!r} are NaN or infinite: the model "
-                "has diverged or its checkpoint is damaged; train it again or use another"
-            )
+            raise StatisticsError(_not_finite(layer))
     return on_cpu
+
+
+def _not_finite(layer: str) -> str:
+    return (
+        f"the calibration activations of layer {layer!r} are NaN or infinite: the model "
+        "has diverged or its checkpoint is damaged; train it again or use another"
+    )
 
 
 def _signature(statistics: Statistics) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -15,3 +15,7 @@ class RatioError(PruningError):
 
 class StatisticsError(PruningError):
     """Calibration statistics are missing, unusable (NaN, infinite) or of another network."""
+
+
+class BudgetError(PruningError):
+    """A budget is below what the smallest networks possible cost."""

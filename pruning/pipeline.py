@@ -1,4 +1,4 @@
-"""The story of one pruning: score, select, remove."""
+"""The story of a pruning: score, size, select, remove, compensate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from pruning.allocation import check_ratios
+from pruning.budget import Budget
 from pruning.calibration import Statistics
+from pruning.compensation import compensate
+from pruning.elimination import Balance, OutputWeights, elimination_paths
 from pruning.errors import PruningError
 from pruning.network import Network
-from pruning.scores import score
+from pruning.registry import lookup
+from pruning.scores import moments_for, score
 from pruning.selection import select
 from pruning.size import nonzero_parameters
-from pruning.surgery import remove
+from pruning.sizing import BUDGETED, Sizing, top, widths_within
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def prune(
     criterion: str = "activation",
     statistics: Statistics | None = None,
     seed: int | None = None,
+    *,
+    compensation: str = "none",
 ) -> Pruned:
     """Remove the channels that matter least.
 
@@ -58,6 +64,7 @@ def prune(
         criterion: a name in `scores.CRITERIA`.
         statistics: calibration statistics of this network, if the criterion needs them.
         seed: if the criterion needs one.
+        compensation: a name in `compensation.COMPENSATIONS`.
 
     Returns:
         The smaller network, with the keep masks, ratios and sizes.
@@ -65,7 +72,8 @@ def prune(
     Raises:
         RatioError: a ratio out of range, or not one for each prunable layer.
         StatisticsError: statistics are missing or of another network.
-        PruningError: no layer is prunable, no such criterion, or a seed is missing.
+        PruningError: no layer is prunable, no such criterion or compensation, or a seed is
+            missing.
     """
     layers = network.graph.prunable()
     if not layers:
@@ -73,9 +81,101 @@ def prune(
     requested = dict(zip(layers, check_ratios(ratios, len(layers)), strict=True))
     keep = select(score(network, criterion, statistics, seed), requested)
     return Pruned(
-        network=remove(network, keep),
+        network=compensate(network, keep, compensation, statistics),
         keep=keep,
         requested=requested,
         achieved={name: int((~kept).sum()) / kept.numel() for name, kept in keep.items()},
         nonzero_parameters=nonzero_parameters(network, keep),
     )
+
+
+def shrink(
+    networks: Mapping[str, Network],
+    statistics: Mapping[str, Statistics],
+    budget: Budget,
+    *,
+    criterion: str = "obs",
+    allocation: str = "chain",
+    compensation: str = "obs",
+    error_weights: Mapping[str, float] | None = None,
+    output_weights: Mapping[str, OutputWeights] | None = None,
+    balance: Balance = "rows",
+    multiple: int = 1,
+    seed: int | None = None,
+) -> dict[str, Pruned]:
+    """Prune several networks until together they keep to a budget.
+
+    The default is the best that we know without retraining: structured OBS gives each layer's
+    error at every width, the chain dynamic programme spends the budget where the errors are least,
+    and what reads the removed channels is solved anew.
+
+    Args:
+        networks: the dense networks, by name; they are not changed.
+        statistics: of each, with the moments that `moments_for_budget` names.
+        budget: what they may cost together.
+        criterion: a name in `scores.CRITERIA`: the order in which a layer's channels go.
+        allocation: a name in `sizing.BUDGETED`: how wide each layer stays.
+        compensation: a name in `compensation.COMPENSATIONS`.
+        error_weights: how much the errors of each network count; 1 where one is left out.
+        output_weights: by network, how much each output of a layer counts in the errors.
+        balance: how the errors of a layer's readers are put together (see `elimination.Balance`).
+        multiple: widths are multiples of this, in the allocations that search over widths.
+        seed: if the criterion needs one.
+
+    Returns:
+        By network. `requested` and `achieved` are the same: widths are whole channels.
+
+    Raises:
+        BudgetError: one channel a layer costs more than the budget.
+        StatisticsError: statistics are missing or of another network.
+        PruningError: no such criterion, allocation or compensation.
+    """
+    for name, network in networks.items():
+        if not network.graph.prunable():
+            raise PruningError(f"no layer of network {name!r} is prunable")
+    sized = lookup(BUDGETED, allocation, "budgeted allocation")
+    by_obs = criterion == "obs"
+    paths = None
+    scores = {
+        name: score(network, criterion, statistics.get(name), seed)
+        for name, network in networks.items()
+        if not by_obs
+    }
+    if by_obs or sized.needs_paths:
+        paths = elimination_paths(
+            networks,
+            statistics,
+            output_weights=output_weights,
+            balance=balance,
+            scores=None if by_obs else scores,
+        )
+    if by_obs and paths is not None:
+        scores = {n: {la: p.scores() for la, p in of.items()} for n, of in paths.items()}
+    widths = widths_within(
+        allocation, Sizing(networks, budget, scores, paths, error_weights or {}, multiple)
+    )
+    pruned = {}
+    for name, network in networks.items():
+        keep = {
+            layer: paths[name][layer].keep(width) if paths else top(scores[name][layer], width)
+            for layer, width in widths[name].items()
+        }
+        achieved = {layer: int((~kept).sum()) / kept.numel() for layer, kept in keep.items()}
+        pruned[name] = Pruned(
+            network=compensate(network, keep, compensation, statistics.get(name)),
+            keep=keep,
+            requested=achieved,
+            achieved=achieved,
+            nonzero_parameters=nonzero_parameters(network, keep),
+        )
+    return pruned
+
+
+def moments_for_budget(
+    criterion: str = "obs", allocation: str = "chain", compensation: str = "obs"
+) -> tuple[str, ...]:
+    """The moments that `shrink` reads of its statistics with these names."""
+    needed = set(moments_for([criterion], [compensation]))
+    if lookup(BUDGETED, allocation, "budgeted allocation").needs_paths:
+        needed.add("gram")
+    return tuple(sorted(needed))

@@ -3,7 +3,9 @@
 A criterion is one pure function from a `ScoredLayer` to one number a channel; the channels with
 the lowest numbers are removed first. A new criterion is one function and one line in `CRITERIA`.
 
-Letters: W a layer's weight (out × in), a its output after the activation, j a channel.
+Letters: W a layer's weight (out × in), a its output after the activation, j a channel, r an output
+of a layer that reads it, V_rj the weight of r for channel j (the readers' columns, stacked), H the
+Gram matrix of a reader's input, L the loss.
 """
 
 import hashlib
@@ -15,9 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pruning.calibration import Statistics
+from pruning.compensation import COMPENSATIONS
+from pruning.elimination import elimination_paths
 from pruning.errors import PruningError, StatisticsError
 from pruning.network import Network
 from pruning.registry import lookup
+from pruning.solving import input_gram
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,15 @@ class ScoredLayer:
         return self.network.weights[self.name]
 
     @property
+    def outgoing(self) -> Float[Tensor, "rows channels"]:
+        """V: the columns of every reader for this layer's channels, stacked (float64)."""
+        columns = []
+        for reader in self.network.graph.readers(self.name):
+            part = self.network.input_slices(reader)[self.name]
+            columns.append(self.network.weights[reader.name][:, part].double())
+        return torch.cat(columns)
+
+    @property
     def channels(self) -> int:
         """Output channels of the layer."""
         return self.network.width(self.name)
@@ -54,7 +68,15 @@ class ScoredLayer:
         """
         if self.statistics is None:
             raise StatisticsError(f"layer {self.name!r} cannot be scored without statistics")
-        return self.statistics.average(self.name, moment)
+        return self.statistics.average(self.name, moment).to(self.incoming.device)
+
+    def variance(self) -> Float[Tensor, " channels"]:
+        """Var(a_j) over the calibration set (float64).
+
+        Raises:
+            StatisticsError: there are no statistics, or not the moments "mean" and "square".
+        """
+        return (self.average("square") - self.average("mean").square()).clamp(min=0)
 
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the seed and the layer's name and on nothing else.
@@ -88,6 +110,118 @@ def magnitude(layer: ScoredLayer) -> Float[Tensor, " channels"]:
     return torch.linalg.vector_norm(layer.incoming, dim=1, dtype=torch.float64)
 
 
+def magnitude_l1(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """‖W_j,:‖₁, the sum of the absolute incoming weights; the bias is left out.
+
+    Source: Li et al. 2017, section 3.1.
+    """
+    return torch.linalg.vector_norm(layer.incoming, ord=1, dim=1, dtype=torch.float64)
+
+
+def outgoing(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """‖V_:,j‖₂, the norm of the weights with which the next layers read the channel.
+
+    Source: He et al. 2014 (Reshaping deep neural network for fast decoding by node-pruning), the
+    "output-weights norm".
+    """
+    return torch.linalg.vector_norm(layer.outgoing, dim=0)
+
+
+def wanda(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """√E[a_j²] · ‖V_:,j‖₂: how much the channel moves what the next layers compute.
+
+    Source: Sun et al. 2023 (Wanda), equation 1, summed in squares over a column.
+    """
+    return layer.average("square").sqrt() * outgoing(layer)
+
+
+def fluctuation(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """Var(a_j) · Σ_r V_rj², standardised: how far from its mean the channel moves the next layers.
+
+    Minus the layer's mean score, divided by the layer's standard deviation (0 for a layer whose
+    channels all score the same), which is what makes layers comparable in a global ranking.
+
+    Source: An et al. 2024 (FLAP), equations 4 and 5.
+    """
+    raw = layer.variance() * layer.outgoing.square().sum(dim=0)
+    spread = raw.std(correction=0)
+    return (raw - raw.mean()) / spread if spread > 0 else torch.zeros_like(raw)
+
+
+def thinet(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """The order in which a greedy search removes channels: rank 0 goes first.
+
+    The removed set T grows by the channel that adds least to the energy of what is missing:
+
+        E‖Σ_{j∈T} V_:,j a_j‖² = Σ_{i,j∈T} Q_ij,   Q = (VᵀV) ∘ E[a aᵀ]
+
+    Source: Luo et al. 2017 (ThiNet), equation 6 and algorithm 1.
+    """
+    Q = torch.zeros(layer.channels, layer.channels, dtype=torch.float64)
+    for reader in layer.network.graph.readers(layer.name):
+        part = layer.network.input_slices(reader)[layer.name]
+        W = layer.network.weights[reader.name][:, part].double()
+        H = input_gram(layer.network, reader, layer.statistics)[part, part]
+        Q += ((W.T @ W) * H).cpu()
+    added, ranks = Q.diagonal().clone(), torch.empty(layer.channels, dtype=torch.float64)
+    for rank in range(layer.channels):
+        j = int(added.argmin())
+        ranks[j] = rank
+        added += 2 * Q[:, j]
+        added[j] = torch.inf
+    return ranks
+
+
+def obs(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """The order of the layer's elimination path: rank 0 goes first.
+
+    At each step the channel with the lowest Σ_r V_rj² / [H⁻¹]_jj goes, and the others take over
+    what they can of it (see `pruning.elimination`).
+
+    Source: Hassibi and Stork 1993; Kurtić et al. 2023 (ZipLM), equation 2.
+    """
+    if layer.statistics is None:
+        raise StatisticsError(f"layer {layer.name!r} cannot be scored without statistics")
+    paths = elimination_paths({"": layer.network}, {"": layer.statistics}, layers=(layer.name,))
+    return paths[""][layer.name].ranks()
+
+
+def sensitivity(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """The largest share that the channel ever has in what an output of the next layers sums up.
+
+    s_j = max over samples, outputs r and signs of (±V_rj a_j)⁺ / Σ_k (±V_rk x_k)⁺.
+
+    Source: Liebenwein et al. 2020 (PFP), definition 1.
+    """
+    if layer.statistics is None:
+        raise StatisticsError(f"layer {layer.name!r} cannot be scored without statistics")
+    shares = [
+        layer.statistics.average(reader.name, "sensitivity")[
+            layer.network.input_slices(reader)[layer.name]
+        ]
+        for reader in layer.network.graph.readers(layer.name)
+    ]
+    return torch.stack(shares).amax(dim=0)
+
+
+def taylor(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """|E[a_j ∂L/∂a_j]|: what the loss changes by when the channel is set to 0, to first order.
+
+    Source: Molchanov et al. 2017, equation 8, the average over all samples inside the modulus.
+    """
+    return layer.average("taylor").abs()
+
+
+def taylor_fo2(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """E[(Σ_run a_j ∂L/∂a_j)²]: the squared effect on the loss, run by run (a run is a ray, say).
+
+    Behind a ReLU Σ a ∂L/∂a is W_j,: · ∂L/∂W_j,: + b_j ∂L/∂b_j, the sum in the paper's score.
+
+    Source: Molchanov et al. 2019, equation 8 with every run as its own minibatch.
+    """
+    return layer.average("taylor_square")
+
+
 def random(layer: ScoredLayer) -> Float[Tensor, " channels"]:
     """U(0, 1), seeded: the control that every other criterion has to beat.
 
@@ -104,30 +238,51 @@ class Criterion:
         score: one number a channel; the lowest are removed first.
         moments: the calibration moments that it reads (names in `calibration.MOMENTS`).
         needs_seed: whether it draws random numbers.
+        gradients: the moments that it reads and only `gradients.collect_gradients` collects.
     """
 
     score: ScoreFunction
     moments: tuple[str, ...] = ()
     needs_seed: bool = False
+    gradients: tuple[str, ...] = ()
 
     @property
     def needs_statistics(self) -> bool:
         """Whether a calibration set has to be run through the network first."""
-        return bool(self.moments)
+        return bool(self.moments or self.gradients)
 
 
 CRITERIA: dict[str, Criterion] = {
     "activation": Criterion(activation, moments=("mean",)),
+    "fluctuation": Criterion(fluctuation, moments=("mean", "square")),
     "magnitude": Criterion(magnitude),
+    "magnitude_l1": Criterion(magnitude_l1),
+    "obs": Criterion(obs, moments=("gram",)),
+    "outgoing": Criterion(outgoing),
     "random": Criterion(random, needs_seed=True),
+    "sensitivity": Criterion(sensitivity, moments=("sensitivity",)),
+    "taylor": Criterion(taylor, gradients=("taylor",)),
+    "taylor_fo2": Criterion(taylor_fo2, gradients=("taylor_square",)),
+    "thinet": Criterion(thinet, moments=("gram",)),
+    "wanda": Criterion(wanda, moments=("square",)),
 }
 """The criteria by the name that a sweep file uses."""
 
 
-def moments_for(criteria: Iterable[str]) -> tuple[str, ...]:
-    """The moments that a calibration pass must collect to serve all these criteria."""
+def moments_for(criteria: Iterable[str], compensations: Iterable[str] = ()) -> tuple[str, ...]:
+    """The moments that a calibration pass must collect to serve these criteria and compensations.
+
+    Those that need gradients come from `collect_gradients` and are not among them.
+    """
     needed = {m for name in criteria for m in lookup(CRITERIA, name, "criterion").moments}
+    for name in compensations:
+        needed |= set(lookup(COMPENSATIONS, name, "compensation").moments)
     return tuple(sorted(needed))
+
+
+def needs_gradients(criteria: Iterable[str]) -> bool:
+    """Whether one of these criteria reads what only `collect_gradients` collects."""
+    return any(lookup(CRITERIA, name, "criterion").gradients for name in criteria)
 
 
 def score(
@@ -155,7 +310,7 @@ def score(
     if chosen.needs_statistics and statistics is None:
         raise StatisticsError(
             f"criterion {criterion!r} needs calibration statistics "
-            f"({', '.join(chosen.moments)}); collect them first"
+            f"({', '.join(chosen.moments + chosen.gradients)}); collect them first"
         )
     if chosen.needs_seed and seed is None:
         raise PruningError(f"criterion {criterion!r} draws random numbers; give it a seed")

@@ -36,7 +36,7 @@ def mask(network: Network, keep: Mapping[str, Bool[Tensor, " _channels"]]) -> Ne
         PruningError: a mask is for a layer that is not prunable, or of the wrong length, or keeps
             nothing.
     """
-    _check(network, keep)
+    check_keep(network, keep)
     weights = {
         name: W * keep[name].to(W.device)[:, None] if name in keep else W.clone()
         for name, W in network.weights.items()
@@ -44,12 +44,18 @@ def mask(network: Network, keep: Mapping[str, Bool[Tensor, " _channels"]]) -> Ne
     return Network(network.graph, weights, {name: b.clone() for name, b in network.biases.items()})
 
 
-def remove(network: Network, keep: Mapping[str, Bool[Tensor, " _channels"]]) -> Network:
+def remove(
+    network: Network,
+    keep: Mapping[str, Bool[Tensor, " _channels"]],
+    constants: Mapping[str, Float[Tensor, " _channels"]] | None = None,
+) -> Network:
     """Take the channels out physically; the result computes what the masked network does.
 
     Args:
         network: the dense network.
         keep: which channels stay, by layer; a layer left out keeps them all.
+        constants: what the readers read in place of each channel, by layer, where that is not
+            the constant that a masked channel emits.
 
     Returns:
         A new network of the same graph with narrower layers.
@@ -58,7 +64,7 @@ def remove(network: Network, keep: Mapping[str, Bool[Tensor, " _channels"]]) -> 
         PruningError: a mask is for a layer that is not prunable, or of the wrong length, or keeps
             nothing.
     """
-    _check(network, keep)
+    check_keep(network, keep)
     weights, biases = {}, {}
     for layer in network.graph.layers:
         W, b = network.weights[layer.name], network.biases[layer.name]
@@ -69,8 +75,10 @@ def remove(network: Network, keep: Mapping[str, Bool[Tensor, " _channels"]]) -> 
                 continue
             kept = keep[name].to(W.device)
             columns[columns_of_input] = kept
-            constants = emitted(network, name)[~kept]
-            folded = folded + W[:, columns_of_input][:, ~kept].double() @ constants
+            read = emitted(network, name)
+            if constants is not None and name in constants:
+                read = constants[name].to(read)
+            folded = folded + W[:, columns_of_input][:, ~kept].double() @ read[~kept]
         rows = keep[layer.name].to(W.device) if layer.name in keep else slice(None)
         weights[layer.name] = W[rows][:, columns].clone()
         biases[layer.name] = folded.to(b.dtype)[rows].clone()
@@ -83,7 +91,7 @@ def emitted(network: Network, name: str) -> Float[Tensor, " channels"]:
     return b.relu() if network.graph[name].relu else b
 
 
-def _check(network: Network, keep: Mapping[str, Tensor]) -> None:
+def check_keep(network: Network, keep: Mapping[str, Tensor]) -> None:
     """Raise unless every mask fits a prunable layer and keeps a channel of it."""
     prunable = network.graph.prunable()
     for name, kept in keep.items():

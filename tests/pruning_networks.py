@@ -17,8 +17,11 @@ NERF_WIDTHS = {
 }
 
 
-def nerf_graph() -> LayerGraph:
-    """The original NeRF: 8 layers, the point joined again after layer 4, two heads."""
+def nerf_graph(branch: bool = False) -> LayerGraph:
+    """The original NeRF: 8 layers, the point joined again after layer 4, two heads.
+
+    With `branch`, the feature layer and the view branch are prunable too.
+    """
     trunk = [
         Layer(
             f"trunk.{i}",
@@ -33,8 +36,8 @@ def nerf_graph() -> LayerGraph:
         (
             *trunk,
             Layer("density", ("trunk.7",), relu=False, prunable=False),
-            Layer("feature", ("trunk.7",), relu=False, prunable=False),
-            Layer("view", ("feature", "direction"), relu=True, prunable=False),
+            Layer("feature", ("trunk.7",), relu=False, prunable=branch),
+            Layer("view", ("feature", "direction"), relu=True, prunable=branch),
             Layer("rgb", ("view",), relu=False, prunable=False),
         ),
     )
@@ -73,8 +76,11 @@ def heads(network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def draw_network(data: st.DataObject) -> Network:
-    """Random graphs: skips, branches, several heads, layers with and without ReLU."""
+def draw_network(data: st.DataObject, prunable: bool = False) -> Network:
+    """Random graphs: skips, branches, several heads, layers with and without ReLU.
+
+    With `prunable`, at least one layer is read by another.
+    """
     draw = data.draw
     external = {f"in{i}": draw(st.integers(1, 3)) for i in range(draw(st.integers(1, 2)))}
     names = [f"layer{i}" for i in range(draw(st.integers(2, 7)))]
@@ -82,6 +88,8 @@ def draw_network(data: st.DataObject) -> Network:
     for name in names:
         reads[name] = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3, unique=True))
         known.append(name)
+    if prunable and names[0] not in reads[names[-1]]:
+        reads[names[-1]].append(names[0])
     read = {name for inputs in reads.values() for name in inputs}
     layers = tuple(
         Layer(name, tuple(reads[name]), relu=draw(st.booleans()), prunable=name in read)

@@ -86,20 +86,40 @@ def _producer(weights, table, ring, full, empty, blocks, steps, STAGES: gl.const
                 slot = gl.where(slot == STAGES, 0, slot)
 
 
+# Bundles that travel through the functions below:
+#   pipe: (act, ring, full, empty, turns), shared memory and its barriers;
+#   state: (slot, phase, turn), where this group is in the ring, and whose turn it is;
+#   sizes: (n_rows, samples, chunk_rows);
+#   outputs: (density, rgb, gates, buffer), what the forward chain writes;
+#   heads: (vector, density_at, rgb_at, bias_at), where biases and heads lie;
+#   gradients: (g_density, g_rgb, gates, deltas, buffer), what the backward chain reads and writes.
+
+
 @gluon.jit
 def _product(
-    start, act, ring, full, empty, count, first, point, point_chunk, slot, phase,
-    N: gl.constexpr, STAGES: gl.constexpr,
+    start, pipe, state, count, first, point, point_chunk, group, N: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Return start + Σ chunk × tiles over `count` chunks of inputs, and the ring's state."""
+    """Return start + Σ chunk × tiles over `count` chunks of inputs, and the state after it."""
+    act, ring, full, empty, turns = pipe
+    slot, phase, turn = state
     tiles = ring._reinterpret(gl.bfloat16, [STAGES, 4 * CHUNK, CHUNK], TILE_LAYOUT)
     acc = start
     before = slot
     for k in range(count):
+        if TURNS:
+            # A turn is two chunks: no longer than the ring, which frees a slot only when every
+            # group has read it, and longer than what a group does between two layers.
+            begins = k % 2 == 0
+            mbarrier.wait(turns.index(group), turn, pred=begins)
+            turn = gl.where(begins, turn ^ 1, turn)
         mbarrier.wait(full.index(slot), phase)
         a = act.index(gl.where(k < point, point_chunk, first + k - point))
         b = tiles.index(slot).slice(0, N, 0).permute((1, 0))
         acc = warpgroup_mma(a, b, acc, is_async=True)
+        if TURNS:
+            ends = (k % 2 == 1) | (k + 1 == count)
+            mbarrier.arrive(turns.index((group + 1) % GROUPS), count=1, pred=ends)
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index(before), count=1, pred=k > 0)
         before = slot
@@ -108,7 +128,7 @@ def _product(
         slot = gl.where(slot == STAGES, 0, slot)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index(before), count=1)
-    return acc, slot, phase
+    return acc, (slot, phase, turn)
 
 
 @gluon.jit
@@ -162,40 +182,65 @@ def _gate_words(value, N: gl.constexpr):
 
 
 @gluon.jit
+def _open_gates(gates, layer, row, chunk_rows, N: gl.constexpr, layout: gl.constexpr):
+    """Read the words that `_gate_words` made of a layer, (64, 8)."""
+    WORDS: gl.constexpr = N // 8
+    like = gl.reshape(gl.zeros([CHUNK, N], gl.int32, layout), [CHUNK, WORDS, 8])
+    words: gl.constexpr = gl.SliceLayout(1, like.type.layout)
+    at_row = gl.arange(0, CHUNK, gl.SliceLayout(1, words))
+    at_column = gl.arange(0, 8, gl.SliceLayout(0, words))
+    place = (layer * chunk_rows + row + at_row)[:, None] * 8 + at_column[None, :]
+    return gl.load(gates + place)
+
+
+@gluon.jit
+def _gated(value, words, N: gl.constexpr, layout: gl.constexpr):
+    """`value` (64, N) where the gate is open, zero elsewhere."""
+    WORDS: gl.constexpr = N // 8
+    folded = gl.reshape(value, [CHUNK, WORDS, 8])
+    index = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, folded.type.layout)))
+    mark = gl.expand_dims(gl.expand_dims(gl.to_tensor(1) << index, 0), 2)
+    kept = gl.where((gl.expand_dims(words, 1) & mark) != 0, folded, 0.0)
+    return gl.convert_layout(gl.reshape(kept, [CHUNK, N]), layout, assert_trivial=True)
+
+
+@gluon.jit
 def _forward_step(
-    step, act, ring, full, empty, vector, share, density, rgb, gates, buffer, row, n_rows, samples,
-    chunk_rows, density_at, rgb_at, bias_at, group, slot, phase,
-    N: gl.constexpr, KIND: gl.constexpr, KEEP: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    step, pipe, state, share, outputs, sizes, heads, row, group, N: gl.constexpr,
+    KIND: gl.constexpr, KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One layer of at most N outputs for one group's 64 rows."""
+    act, _, _, _, _ = pipe
+    density, rgb, gates, buffer = outputs
+    n_rows, samples, chunk_rows = sizes
+    vector, density_at, rgb_at, bias_at = heads
     layout: gl.constexpr = accumulator_layout(N, GROUPS)
     column = gl.arange(0, N, gl.SliceLayout(0, layout))
     local = gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
+    width = gl.load(step) * CHUNK
     sources = gl.load(step + 2)
     point = gl.load(step + 3)
-    bias = gl.load(step + 5) * CHUNK
-    zero = gl.zeros([CHUNK, N], gl.float32, layout)
+    used = column < width
     valid = row + local < n_rows
     if KIND == 2:
         ray = gl.where(valid, (row + local) // samples, 0)
-        width = gl.load(step) * CHUNK
-        inside = (column < width)[None, :]
-        start = gl.load(share + (ray * width)[:, None] + column[None, :], mask=inside, other=0.0)
+        place = (ray * width)[:, None] + column[None, :]
+        start = gl.load(share + place, mask=used[None, :], other=0.0)
     else:
-        start, _ = gl.broadcast(gl.load(vector + bias + column)[None, :], zero)
-    acc, slot, phase = _product(
-        start, act, ring, full, empty, sources + point, group * 4, point, GROUPS * 4 + group,
-        slot, phase, N, STAGES,
+        bias = gl.load(vector + gl.load(step + 5) * CHUNK + column)
+        zero = gl.zeros([CHUNK, N], gl.float32, layout)
+        start, _ = gl.broadcast(bias[None, :], zero)
+    acc, state = _product(
+        start, pipe, state, sources + point, group * 4, point, GROUPS * 4 + group, group, N,
+        GROUPS, STAGES, TURNS,
     )  # fmt: skip
     if KIND == 1:
-        used = column < gl.load(step) * CHUNK
         h = gl.where(used[None, :], gl.maximum(acc, 0.0), 0.0)
         head = gl.load(vector + density_at * CHUNK + column, mask=used, other=0.0)
         sigma = gl.sum(h * head[None, :], 1) + gl.load(vector + bias_at * CHUNK)
         gl.store(density + row + local, sigma, mask=valid)
     if KIND == 2:
-        used = column < width
         h = gl.where(used[None, :], gl.maximum(acc, 0.0), 0.0)
         for c in gl.static_range(3):
             head = gl.load(vector + rgb_at * CHUNK + c * width + column, mask=used, other=0.0)
@@ -212,46 +257,48 @@ def _forward_step(
             layer = gl.load(step + 7)
             place = (layer * chunk_rows + row + at_row)[:, None] * 8 + at_column[None, :]
             gl.store(gates + place, word)
-    return slot, phase
+    return state
 
 
 @gluon.jit
 def _forward_any(
-    step, act, ring, full, empty, vector, share, density, rgb, gates, buffer, row, n_rows, samples,
-    chunk_rows, density_at, rgb_at, bias_at, group, slot, phase,
-    KIND: gl.constexpr, KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    step, pipe, state, share, outputs, sizes, heads, row, group, KIND: gl.constexpr,
+    KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    outputs = gl.load(step)
-    if (KIND != 2) and (outputs > 2):
-        slot, phase = _forward_step(
-            step, act, ring, full, empty, vector, share, density, rgb, gates, buffer, row, n_rows,
-            samples, chunk_rows, density_at, rgb_at, bias_at, group, slot, phase, 256, KIND,
-            KEEP, GROUPS, STAGES,
+    """One layer, at the smallest compiled width that holds it."""
+    chunks = gl.load(step)
+    if (KIND != 2) and (chunks > 2):
+        state = _forward_step(
+            step, pipe, state, share, outputs, sizes, heads, row, group, 256, KIND, KEEP, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
-    elif outputs == 2:
-        slot, phase = _forward_step(
-            step, act, ring, full, empty, vector, share, density, rgb, gates, buffer, row, n_rows,
-            samples, chunk_rows, density_at, rgb_at, bias_at, group, slot, phase, 128, KIND,
-            KEEP, GROUPS, STAGES,
+    elif chunks == 2:
+        state = _forward_step(
+            step, pipe, state, share, outputs, sizes, heads, row, group, 128, KIND, KEEP, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
     else:
-        slot, phase = _forward_step(
-            step, act, ring, full, empty, vector, share, density, rgb, gates, buffer, row, n_rows,
-            samples, chunk_rows, density_at, rgb_at, bias_at, group, slot, phase, 64, KIND,
-            KEEP, GROUPS, STAGES,
+        state = _forward_step(
+            step, pipe, state, share, outputs, sizes, heads, row, group, 64, KIND, KEEP, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
-    return slot, phase
+    return state
 
 
 @gluon.jit
 def _forward_group(
-    origins, directions, distances, share, table, vector, buffer, gates, density, rgb, act, ring,
-    full, empty, blocks, n_rows, samples, chunk_rows, steps, density_at, rgb_at, bias_at,
-    octaves, group: gl.constexpr, KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    points, share, table, outputs, sizes, heads, pipe, blocks, steps, octaves,
+    group: gl.constexpr, KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One warp group: 64 rows of each block through all layers."""
-    slot = 0
-    phase = 0
+    origins, directions, distances = points
+    act, _, _, _, _ = pipe
+    n_rows, samples, chunk_rows = sizes
+    _, _, _, buffer = outputs
+    # The first group's first turn comes at once, as if the last had just handed it on.
+    FIRST: gl.constexpr = 1 if group == 0 else 0
+    state = (gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(FIRST))
     for block in range(gl.program_id(0), blocks, gl.num_programs(0)):
         row = (block * GROUPS + group) * CHUNK
         if KEEP:
@@ -274,35 +321,46 @@ def _forward_group(
         if KEEP:
             _copy_out(act, GROUPS * 4 + group, 0, 1, row, buffer, chunk_rows)
         for index in range(steps - 2):
-            slot, phase = _forward_any(
-                table + index * TABLE, act, ring, full, empty, vector, share, density, rgb, gates,
-                buffer, row, n_rows, samples, chunk_rows, density_at, rgb_at, bias_at, group,
-                slot, phase, 0, KEEP, GROUPS, STAGES,
+            state = _forward_any(
+                table + index * TABLE, pipe, state, share, outputs, sizes, heads, row, group, 0,
+                KEEP, GROUPS, STAGES, TURNS,
             )  # fmt: skip
-        slot, phase = _forward_any(
-            table + (steps - 2) * TABLE, act, ring, full, empty, vector, share, density, rgb,
-            gates, buffer, row, n_rows, samples, chunk_rows, density_at, rgb_at, bias_at,
-            group, slot, phase, 1, KEEP, GROUPS, STAGES,
+        state = _forward_any(
+            table + (steps - 2) * TABLE, pipe, state, share, outputs, sizes, heads, row, group, 1,
+            KEEP, GROUPS, STAGES, TURNS,
         )  # fmt: skip
-        slot, phase = _forward_any(
-            table + (steps - 1) * TABLE, act, ring, full, empty, vector, share, density, rgb,
-            gates, buffer, row, n_rows, samples, chunk_rows, density_at, rgb_at, bias_at,
-            group, slot, phase, 2, KEEP, GROUPS, STAGES,
+        state = _forward_any(
+            table + (steps - 1) * TABLE, pipe, state, share, outputs, sizes, heads, row, group, 2,
+            KEEP, GROUPS, STAGES, TURNS,
         )  # fmt: skip
     if KEEP:
         tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "blocks", "n_rows", "samples", "steps", "density_at", "rgb_at", "bias_at",
-        "octaves",
-    ]
-)  # fmt: skip
+@gluon.jit
+def _shared_memory(CHUNKS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """Allocate and initialise a pipe with `CHUNKS` chunks of activations."""
+    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, CHUNK, CHUNK], TILE_LAYOUT)
+    act = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, CHUNK, CHUNK], TILE_LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(group), count=1)
+    fence_async_shared()
+    return act, ring, full, empty, turns
+
+
+@gluon.jit(do_not_specialize=["blocks", "n_rows", "samples", "steps", "density_at", "rgb_at",
+                              "bias_at", "octaves"])  # fmt: skip
 def forward_chain(
     origins, directions, distances, share, table, weights, vector, buffer, gates, density, rgb,
     blocks, n_rows, samples, chunk_rows, steps, density_at, rgb_at, bias_at, octaves,
-    KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    KEEP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Evaluate the merged network; the arguments are those of `chain.forward_chain`, and besides.
 
@@ -314,32 +372,25 @@ def forward_chain(
         blocks: blocks of 64 · GROUPS rows.
         GROUPS: warp groups, 2 or 3.
         STAGES: slots of the ring.
+        TURNS: whether groups take turns at the tensor cores, two chunks of inputs each.
         REGISTERS: registers a thread of a warp group gets.
     """
-    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, CHUNK, CHUNK], TILE_LAYOUT)
-    act = gl.allocate_shared_memory(gl.bfloat16, [GROUPS * 5, CHUNK, CHUNK], TILE_LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    fence_async_shared()
+    pipe = _shared_memory(GROUPS * 5, GROUPS, STAGES)
+    _, ring, full, empty, _ = pipe
+    points = (origins, directions, distances)
+    outputs = (density, rgb, gates, buffer)
+    sizes = (n_rows, samples, chunk_rows)
+    heads = (vector, density_at, rgb_at, bias_at)
     zero: gl.constexpr = 0
     one: gl.constexpr = 1
     two: gl.constexpr = 2
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_forward_group, (
-                    origins, directions, distances, share, table, vector, buffer, gates, density,
-                    rgb, act, ring, full, empty, blocks, n_rows, samples, chunk_rows, steps,
-                    density_at, rgb_at, bias_at, octaves, zero, KEEP, GROUPS, STAGES,
-                )),
-                (_forward_group, (
-                    origins, directions, distances, share, table, vector, buffer, gates, density,
-                    rgb, act, ring, full, empty, blocks, n_rows, samples, chunk_rows, steps,
-                    density_at, rgb_at, bias_at, octaves, one, KEEP, GROUPS, STAGES,
-                )),
+                (_forward_group, (points, share, table, outputs, sizes, heads, pipe, blocks, steps,
+                                  octaves, zero, KEEP, GROUPS, STAGES, TURNS)),
+                (_forward_group, (points, share, table, outputs, sizes, heads, pipe, blocks, steps,
+                                  octaves, one, KEEP, GROUPS, STAGES, TURNS)),
                 (_producer, (weights, table, ring, full, empty, blocks, steps, STAGES)),
             ],
             [4, 1],
@@ -348,21 +399,12 @@ def forward_chain(
     else:
         gl.warp_specialize(
             [
-                (_forward_group, (
-                    origins, directions, distances, share, table, vector, buffer, gates, density,
-                    rgb, act, ring, full, empty, blocks, n_rows, samples, chunk_rows, steps,
-                    density_at, rgb_at, bias_at, octaves, zero, KEEP, GROUPS, STAGES,
-                )),
-                (_forward_group, (
-                    origins, directions, distances, share, table, vector, buffer, gates, density,
-                    rgb, act, ring, full, empty, blocks, n_rows, samples, chunk_rows, steps,
-                    density_at, rgb_at, bias_at, octaves, one, KEEP, GROUPS, STAGES,
-                )),
-                (_forward_group, (
-                    origins, directions, distances, share, table, vector, buffer, gates, density,
-                    rgb, act, ring, full, empty, blocks, n_rows, samples, chunk_rows, steps,
-                    density_at, rgb_at, bias_at, octaves, two, KEEP, GROUPS, STAGES,
-                )),
+                (_forward_group, (points, share, table, outputs, sizes, heads, pipe, blocks, steps,
+                                  octaves, zero, KEEP, GROUPS, STAGES, TURNS)),
+                (_forward_group, (points, share, table, outputs, sizes, heads, pipe, blocks, steps,
+                                  octaves, one, KEEP, GROUPS, STAGES, TURNS)),
+                (_forward_group, (points, share, table, outputs, sizes, heads, pipe, blocks, steps,
+                                  octaves, two, KEEP, GROUPS, STAGES, TURNS)),
                 (_producer, (weights, table, ring, full, empty, blocks, steps, STAGES)),
             ],
             [4, 4, 1],
@@ -372,61 +414,42 @@ def forward_chain(
 
 @gluon.jit
 def _backward_step(
-    step, act, ring, full, empty, vector, g_density, gates, buffer, row, n_rows, chunk_rows, layer,
-    group, slot, phase, N: gl.constexpr, FIRST: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    step, pipe, state, gradients, vector, sizes, row, layer, group, N: gl.constexpr,
+    FIRST: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """The deltas of one layer of at most N channels from those of the layer above."""
+    act, _, _, _, _ = pipe
+    g_density, _, gates, _, buffer = gradients
+    n_rows, _, chunk_rows = sizes
     layout: gl.constexpr = accumulator_layout(N, GROUPS)
     outputs = gl.load(step)
-    open_gates = _open_gates(gates, layer, row, chunk_rows, N, layout)
+    words = _open_gates(gates, layer, row, chunk_rows, N, layout)
     zero = gl.zeros([CHUNK, N], gl.float32, layout)
-    acc, slot, phase = _product(
-        zero, act, ring, full, empty, gl.load(step + 2), group * 4, 0, 0, slot, phase, N, STAGES
+    acc, state = _product(
+        zero, pipe, state, gl.load(step + 2), group * 4, 0, 0, group, N, GROUPS, STAGES, TURNS
     )
     if FIRST:
         column = gl.arange(0, N, gl.SliceLayout(0, layout))
         at = row + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         g_sigma = gl.load(g_density + at, mask=at < n_rows, other=0.0)
-        head = gl.load(
-            vector + gl.load(step + 5) * CHUNK + column, mask=column < outputs * CHUNK, other=0.0
-        )
+        head = vector + gl.load(step + 5) * CHUNK + column
+        head = gl.load(head, mask=column < outputs * CHUNK, other=0.0)
         acc += g_sigma[:, None] * head[None, :]
-    delta = _gated(acc, open_gates, N, layout).to(gl.bfloat16)
+    delta = _gated(acc, words, N, layout).to(gl.bfloat16)
     _replace(act, delta, group, N, GROUPS, True)
     _copy_out(act, group * 4, gl.load(step + 6), outputs, row, buffer, chunk_rows)
-    return slot, phase
-
-
-@gluon.jit
-def _open_gates(gates, layer, row, chunk_rows, N: gl.constexpr, layout: gl.constexpr):
-    """The words that `_gate_words` made of a layer, (64, 8)."""
-    WORDS: gl.constexpr = N // 8
-    like = gl.reshape(gl.zeros([CHUNK, N], gl.int32, layout), [CHUNK, WORDS, 8])
-    words: gl.constexpr = gl.SliceLayout(1, like.type.layout)
-    at_row = gl.arange(0, CHUNK, gl.SliceLayout(1, words))
-    at_column = gl.arange(0, 8, gl.SliceLayout(0, words))
-    place = (layer * chunk_rows + row + at_row)[:, None] * 8 + at_column[None, :]
-    return gl.load(gates + place)
-
-
-@gluon.jit
-def _gated(value, words, N: gl.constexpr, layout: gl.constexpr):
-    """`value` (64, N) where the gate is open, zero elsewhere."""
-    WORDS: gl.constexpr = N // 8
-    folded = gl.reshape(value, [CHUNK, WORDS, 8])
-    index = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(2, folded.type.layout)))
-    mark = gl.expand_dims(gl.expand_dims(gl.to_tensor(1) << index, 0), 2)
-    kept = gl.where((gl.expand_dims(words, 1) & mark) != 0, folded, 0.0)
-    return gl.convert_layout(gl.reshape(kept, [CHUNK, N]), layout, assert_trivial=True)
+    return state
 
 
 @gluon.jit
 def _view_deltas(
-    act, vector, g_density, g_rgb, gates, deltas, buffer, row, n_rows, chunk_rows, layer,
-    view_chunks, view_delta, rgb_at, group, N: gl.constexpr, GROUPS: gl.constexpr,
+    pipe, gradients, vector, sizes, row, layer, view_chunks, view_delta, rgb_at, group,
+    N: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """The deltas of the view layer, and those of the heads, from the gradients of the outputs."""
+    act, _, _, _, _ = pipe
+    g_density, g_rgb, gates, deltas, buffer = gradients
+    n_rows, _, chunk_rows = sizes
     layout: gl.constexpr = accumulator_layout(N, GROUPS)
     column = gl.arange(0, N, gl.SliceLayout(0, layout))
     at = row + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
@@ -442,85 +465,82 @@ def _view_deltas(
     delta = _gated(total, words, N, layout).to(gl.bfloat16)
     _replace(act, delta, group, N, GROUPS, True)
     _copy_out(act, group * 4, view_delta, view_chunks, row, buffer, chunk_rows)
-    heads: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
-    at = row + gl.arange(0, CHUNK, gl.SliceLayout(1, heads))
-    which = gl.arange(0, 4, gl.SliceLayout(0, heads))
-    inside = (at < n_rows)[:, None]
-    sigma = gl.load(g_density + at, mask=at < n_rows, other=0.0)
+    columns: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
+    at = row + gl.arange(0, CHUNK, gl.SliceLayout(1, columns))
+    which = gl.arange(0, 4, gl.SliceLayout(0, columns))
+    inside = at < n_rows
+    sigma = gl.load(g_density + at, mask=inside, other=0.0)
     colour = g_rgb + (at * 3)[:, None] + (gl.maximum(which, 1) - 1)[None, :]
-    value = gl.where((which == 0)[None, :], sigma[:, None], gl.load(colour, mask=inside, other=0.0))
+    colour = gl.load(colour, mask=inside[:, None], other=0.0)
+    value = gl.where((which == 0)[None, :], sigma[:, None], colour)
     chunk = deltas + (view_delta + view_chunks).to(gl.int64) * chunk_rows * CHUNK
     gl.store(chunk + (at * CHUNK)[:, None] + which[None, :], value.to(gl.bfloat16))
 
 
 @gluon.jit
 def _backward_any(
-    step, act, ring, full, empty, vector, g_density, gates, buffer, row, n_rows, chunk_rows, layer,
-    group, slot, phase, FIRST: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    step, pipe, state, gradients, vector, sizes, row, layer, group, FIRST: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    outputs = gl.load(step)
-    if outputs > 2:
-        slot, phase = _backward_step(
-            step, act, ring, full, empty, vector, g_density, gates, buffer, row, n_rows,
-            chunk_rows, layer, group, slot, phase, 256, FIRST, GROUPS, STAGES,
+    """One layer, at the smallest compiled width that holds it."""
+    chunks = gl.load(step)
+    if chunks > 2:
+        state = _backward_step(
+            step, pipe, state, gradients, vector, sizes, row, layer, group, 256, FIRST, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
-    elif outputs == 2:
-        slot, phase = _backward_step(
-            step, act, ring, full, empty, vector, g_density, gates, buffer, row, n_rows,
-            chunk_rows, layer, group, slot, phase, 128, FIRST, GROUPS, STAGES,
+    elif chunks == 2:
+        state = _backward_step(
+            step, pipe, state, gradients, vector, sizes, row, layer, group, 128, FIRST, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
     else:
-        slot, phase = _backward_step(
-            step, act, ring, full, empty, vector, g_density, gates, buffer, row, n_rows,
-            chunk_rows, layer, group, slot, phase, 64, FIRST, GROUPS, STAGES,
+        state = _backward_step(
+            step, pipe, state, gradients, vector, sizes, row, layer, group, 64, FIRST, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
-    return slot, phase
+    return state
 
 
 @gluon.jit
 def _backward_group(
-    g_density, g_rgb, table, vector, gates, deltas, buffer, act, ring, full, empty, blocks, n_rows,
-    chunk_rows, steps, view_chunks, view_delta, rgb_at, group: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    gradients, table, vector, sizes, pipe, blocks, steps, view_chunks, view_delta, rgb_at,
+    group: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One warp group: 64 rows of each block through all layers, backward."""
-    slot = 0
-    phase = 0
+    _, _, chunk_rows = sizes
+    FIRST: gl.constexpr = 1 if group == 0 else 0
+    state = (gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(FIRST))
     for block in range(gl.program_id(0), blocks, gl.num_programs(0)):
         # Groups beyond the buffers repeat the last rows: they write what is already there.
         row = gl.minimum((block * GROUPS + group) * CHUNK, chunk_rows - CHUNK)
         if view_chunks == 2:
             _view_deltas(
-                act, vector, g_density, g_rgb, gates, deltas, buffer, row, n_rows, chunk_rows,
-                steps, view_chunks, view_delta, rgb_at, group, 128, GROUPS,
+                pipe, gradients, vector, sizes, row, steps, view_chunks, view_delta, rgb_at,
+                group, 128, GROUPS,
             )  # fmt: skip
         else:
             _view_deltas(
-                act, vector, g_density, g_rgb, gates, deltas, buffer, row, n_rows, chunk_rows,
-                steps, view_chunks, view_delta, rgb_at, group, 64, GROUPS,
+                pipe, gradients, vector, sizes, row, steps, view_chunks, view_delta, rgb_at,
+                group, 64, GROUPS,
             )  # fmt: skip
-        slot, phase = _backward_any(
-            table, act, ring, full, empty, vector, g_density, gates, buffer, row, n_rows,
-            chunk_rows, steps - 1, group, slot, phase, True, GROUPS, STAGES,
+        state = _backward_any(
+            table, pipe, state, gradients, vector, sizes, row, steps - 1, group, True, GROUPS,
+            STAGES, TURNS,
         )  # fmt: skip
         for index in range(1, steps):
-            slot, phase = _backward_any(
-                table + index * TABLE, act, ring, full, empty, vector, g_density, gates, buffer,
-                row, n_rows, chunk_rows, steps - 1 - index, group, slot, phase, False, GROUPS,
-                STAGES,
+            state = _backward_any(
+                table + index * TABLE, pipe, state, gradients, vector, sizes, row,
+                steps - 1 - index, group, False, GROUPS, STAGES, TURNS,
             )  # fmt: skip
     tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "blocks", "n_rows", "steps", "view_chunks", "view_delta", "rgb_at",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=["blocks", "n_rows", "steps", "view_chunks", "view_delta", "rgb_at"])
 def backward_chain(
     g_density, g_rgb, table, weights, vector, gates, deltas, buffer, blocks, n_rows, chunk_rows,
     steps, view_chunks, view_delta, rgb_at, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Deltas of every layer; the arguments are those of `chain.backward_chain`, and besides.
 
@@ -532,32 +552,23 @@ def backward_chain(
         blocks: blocks of 64 · GROUPS rows.
         GROUPS: warp groups, 2 or 3.
         STAGES: slots of the ring.
+        TURNS: whether groups take turns at the tensor cores, two chunks of inputs each.
         REGISTERS: registers a thread of a warp group gets.
     """
-    ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, CHUNK, CHUNK], TILE_LAYOUT)
-    act = gl.allocate_shared_memory(gl.bfloat16, [GROUPS * 4, CHUNK, CHUNK], TILE_LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GROUPS)
-    fence_async_shared()
+    pipe = _shared_memory(GROUPS * 4, GROUPS, STAGES)
+    _, ring, full, empty, _ = pipe
+    gradients = (g_density, g_rgb, gates, deltas, buffer)
+    sizes = (n_rows, n_rows, chunk_rows)
     zero: gl.constexpr = 0
     one: gl.constexpr = 1
     two: gl.constexpr = 2
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_backward_group, (
-                    g_density, g_rgb, table, vector, gates, deltas, buffer, act, ring, full, empty,
-                    blocks, n_rows, chunk_rows, steps, view_chunks, view_delta, rgb_at, zero,
-                    GROUPS, STAGES,
-                )),
-                (_backward_group, (
-                    g_density, g_rgb, table, vector, gates, deltas, buffer, act, ring, full, empty,
-                    blocks, n_rows, chunk_rows, steps, view_chunks, view_delta, rgb_at, one,
-                    GROUPS, STAGES,
-                )),
+                (_backward_group, (gradients, table, vector, sizes, pipe, blocks, steps,
+                                   view_chunks, view_delta, rgb_at, zero, GROUPS, STAGES, TURNS)),
+                (_backward_group, (gradients, table, vector, sizes, pipe, blocks, steps,
+                                   view_chunks, view_delta, rgb_at, one, GROUPS, STAGES, TURNS)),
                 (_producer, (weights, table, ring, full, empty, blocks, steps, STAGES)),
             ],
             [4, 1],
@@ -566,21 +577,12 @@ def backward_chain(
     else:
         gl.warp_specialize(
             [
-                (_backward_group, (
-                    g_density, g_rgb, table, vector, gates, deltas, buffer, act, ring, full, empty,
-                    blocks, n_rows, chunk_rows, steps, view_chunks, view_delta, rgb_at, zero,
-                    GROUPS, STAGES,
-                )),
-                (_backward_group, (
-                    g_density, g_rgb, table, vector, gates, deltas, buffer, act, ring, full, empty,
-                    blocks, n_rows, chunk_rows, steps, view_chunks, view_delta, rgb_at, one,
-                    GROUPS, STAGES,
-                )),
-                (_backward_group, (
-                    g_density, g_rgb, table, vector, gates, deltas, buffer, act, ring, full, empty,
-                    blocks, n_rows, chunk_rows, steps, view_chunks, view_delta, rgb_at, two,
-                    GROUPS, STAGES,
-                )),
+                (_backward_group, (gradients, table, vector, sizes, pipe, blocks, steps,
+                                   view_chunks, view_delta, rgb_at, zero, GROUPS, STAGES, TURNS)),
+                (_backward_group, (gradients, table, vector, sizes, pipe, blocks, steps,
+                                   view_chunks, view_delta, rgb_at, one, GROUPS, STAGES, TURNS)),
+                (_backward_group, (gradients, table, vector, sizes, pipe, blocks, steps,
+                                   view_chunks, view_delta, rgb_at, two, GROUPS, STAGES, TURNS)),
                 (_producer, (weights, table, ring, full, empty, blocks, steps, STAGES)),
             ],
             [4, 4, 1],
@@ -623,8 +625,8 @@ def evaluate(
         origins, directions, distances, share, packed.table, tiles, packed.vector,
         tiles, packed.table, density, rgb, blocks, rows, distances.shape[1], 0,
         len(plan.forward), plan.density_at, plan.rgb_at, plan.heads_bias_at,
-        plan.shape.point_octaves, False, launch.groups, launch.stages, group, num_warps=4,
-        maxnreg=start,
+        plan.shape.point_octaves, False, launch.groups, launch.stages, launch.turns, group,
+        num_warps=4, maxnreg=start,
     )  # fmt: skip
 
 
@@ -655,8 +657,8 @@ def forward(field: "FusedField", origins: Tensor, directions: Tensor, distances:
         origins, directions, distances, field.share, field.table, buffers.tiles, field.vector,
         buffers.activations, buffers.gates, field.density, field.rgb, blocks, field.rows,
         field.samples, field.padded, len(plan.forward), plan.density_at, plan.rgb_at,
-        plan.heads_bias_at, plan.shape.point_octaves, True, launch.groups, launch.stages, group,
-        num_warps=4, maxnreg=start,
+        plan.heads_bias_at, plan.shape.point_octaves, True, launch.groups, launch.stages,
+        launch.turns, group, num_warps=4, maxnreg=start,
     )  # fmt: skip
 
 
@@ -670,5 +672,5 @@ def backward(field: "FusedField", g_density: Tensor, g_rgb: Tensor) -> None:
         g_density, g_rgb, field.backward_table, buffers.backward_tiles, field.vector,
         buffers.gates, field.deltas, buffers.deltas, blocks, field.rows, field.padded,
         len(plan.backward), plan.forward[-1].outputs, plan.delta_of["view"], plan.rgb_at,
-        groups, launch.backward_stages, group, num_warps=4, maxnreg=start,
+        groups, launch.backward_stages, launch.turns, group, num_warps=4, maxnreg=start,
     )  # fmt: skip

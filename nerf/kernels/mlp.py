@@ -42,6 +42,7 @@ class Launch:
         groups: warp groups of 64 rows each, 2 or 3 ("hopper"; more do not fit).
         backward_stages: as `stages`, of the backward chain ("hopper").
         backward_groups: as `groups`, of the backward chain ("hopper").
+        turns: whether warp groups take turns at the tensor cores ("hopper").
         gradient_rows: rows a step of the weight gradients takes ("triton").
         gradient_stages: depth of the pipeline of the weight gradients.
         dtype: what the matrix products read; fp32 (for tests) needs "triton".
@@ -54,6 +55,7 @@ class Launch:
     groups: int = 2
     backward_stages: int = 5
     backward_groups: int = 2
+    turns: bool = False
     gradient_rows: int = 64
     gradient_stages: int = 3
     dtype: torch.dtype = torch.bfloat16

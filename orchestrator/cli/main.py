@@ -1,7 +1,9 @@
 """Entry point: parse, dispatch, turn errors into messages."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from orchestrator.cli.parser import build_parser
@@ -25,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     configure(options.verbose)
+    if threading.current_thread() is threading.main_thread():
+        # A polite end (`kill`, a batch system's time limit) is one like Ctrl-C's: servers are
+        # stopped, runs are ended, training states are saved.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return int(options.command(options) or 0)
     except SpecError as error:

@@ -47,9 +47,6 @@ def run(options: argparse.Namespace) -> int:
     print(table(finished.data))
     print(f"\nreport: {finished.report.html}")
     print(f"MLflow: prunefield ui {options.file}")
-    if finished.outcome.interrupted:
-        print("interrupted: run again to go on")
-        return 130
     if finished.results.failed:
         print(f"{len(finished.results.failed)} failed; they are listed in the report")
         return 1

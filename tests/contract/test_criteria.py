@@ -1,9 +1,11 @@
 """What every registered criterion promises."""
 
 import inspect
+from collections.abc import Mapping
 
 import pytest
 import torch
+from torch import Tensor
 
 from pruning import (
     CRITERIA,
@@ -11,6 +13,7 @@ from pruning import (
     Network,
     Statistics,
     collect,
+    collect_gradients,
     moments_for,
     prune,
     removed_count,
@@ -36,7 +39,14 @@ def statistics_for(network: Network, criterion: str) -> Statistics | None:
         return None
     inputs = random_inputs(network, 40, seed=1, dtype=torch.float32)
     batch = CalibrationBatch(inputs)
-    return collect(network, [batch], moments_for([criterion])).subset()
+    moments = moments_for([criterion])
+    if not CRITERIA[criterion].gradients:
+        return collect(network, [batch], moments).subset()
+    return collect_gradients(network, [batch], energy).subset()
+
+
+def energy(outputs: Mapping[str, Tensor], batch: CalibrationBatch) -> Tensor:
+    return sum((a.square().sum() for a in outputs.values()), torch.zeros(()))
 
 
 def seed_for(criterion: str) -> int | None:

@@ -69,7 +69,7 @@ def _operator(name: str) -> None:
     setattr(Value, f"__r{name.strip('_')}__", backward)
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "xor", "lshift", "rshift"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift"):
     _operator(_name)
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _operator(_name)
@@ -106,8 +106,8 @@ class Barrier:
 
     def wait(self, phase: int) -> None:
         with self.condition:
-            done = self.condition.wait_for(lambda: self.phase != phase, timeout=60)
-        assert done, "deadlock: a barrier was waited for more than a minute"
+            done = self.condition.wait_for(lambda: self.phase != phase, timeout=20)
+        assert done, "deadlock: a barrier was waited for 20 s"
 
 
 class Shared:
@@ -200,7 +200,7 @@ class _Language:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(90)
+            thread.join(60)
             assert not thread.is_alive(), "a partition did not finish"
         if failures:
             raise failures[0]
@@ -301,8 +301,9 @@ class _Mbarrier:
         bar.start(count)
 
     @staticmethod
-    def wait(bar: Barrier, phase: Any) -> None:
-        bar.wait(int(raw(phase)))
+    def wait(bar: Barrier, phase: Any, pred: Any = True) -> None:
+        if raw(pred):
+            bar.wait(int(raw(phase)))
 
     @staticmethod
     def arrive(bar: Barrier, count: int = 1, pred: Any = True) -> None:

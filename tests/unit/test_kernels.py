@@ -8,6 +8,7 @@ that a flipped ReLU is an error and not noise; without rounding it is compared w
 """
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from nerf.encoding import encode
 from nerf.field import Field, FieldShape
 from nerf.kernels import encode as encode_kernel
 from nerf.kernels import hopper_chain, hopper_gradients, mlp
-from nerf.kernels.mlp import FusedField, Launch, PackedField
+from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -43,10 +44,12 @@ LAUNCHES = {
     "triton fp32": Launch(block=64, warps=4, stages=2, gradient_rows=32, gradient_stages=2,
                           dtype=torch.float32),
     "triton bf16": Launch(),
-    "hopper 2": Launch(kind="hopper", groups=2, backward_groups=2, stages=4, backward_stages=5,
-                       gradient_stages=4),
+    "hopper 2": HOPPER,
     "hopper 3": Launch(kind="hopper", groups=3, backward_groups=3, stages=3, backward_stages=4,
-                       gradient_stages=4),
+                       gradient_stages=3),
+    "hopper 2, turns": replace(HOPPER, turns=True),
+    "hopper 3, turns": Launch(kind="hopper", groups=3, backward_groups=3, stages=3,
+                              backward_stages=4, turns=True, gradient_stages=4),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def slow_mean(
 
 
 @given(cuts=st.sets(st.integers(1, 29)), weighted=st.booleans())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 def test_statistics_do_not_depend_on_chunks(cuts: set[int], weighted: bool) -> None:
     network = small_nerf()
     inputs = random_inputs(network, 30, seed=3)
