@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from orchestrator.errors import ClusterError
 from orchestrator.log import logger
@@ -32,8 +32,8 @@ def connected() -> Iterator[None]:
     """Ray for the time of a block.
 
     A process that is already connected stays so. Otherwise ``RAY_ADDRESS``, or the cluster that
-    runs on this machine, is joined; where there is none, one is started on loopback for this
-    process alone and ended with it.
+    ``ray start`` made this machine part of, is joined; where there is none, one is started on
+    loopback for this process alone and ended with it.
 
     Raises:
         ClusterError: an address was given and no cluster answers there.
@@ -54,7 +54,7 @@ def connected() -> Iterator[None]:
 
 def _join() -> bool:
     address = os.environ.get("RAY_ADDRESS")
-    if address == "local":
+    if address == "local" or not (address or _started_here()):
         return False
     try:
         ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
@@ -67,6 +67,15 @@ def _join() -> bool:
         return False
     logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     return True
+
+
+def _started_here() -> bool:
+    """Whether `ray start` made this machine part of a cluster that still runs.
+
+    Ray itself would join any cluster here, also the private one of another sweep, which ends with
+    that sweep.
+    """
+    return services.find_bootstrap_address(None) in services.find_gcs_addresses()
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
 from nerf.training import Recipe
+from orchestrator.errors import ClusterError
 from orchestrator.plan import Calibration, CalibrationSet, Plan, Training, Trial, TrialConfig
 from orchestrator.results import Failure
+from orchestrator.scheduler import cluster
 from orchestrator.scheduler.dispatch import Order, WorkTable
 from orchestrator.scheduler.queue import LANE, Item, Node, PlanQueue, item_of
 from tests.unit.sweep_builder import sweep
@@ -531,3 +533,40 @@ def test_whatever_happens_every_node_ends_exactly_once(
                 ended[n] is not None for n in simulation.needs.get(item, ())
             )
             assert (failure is not None) == fails
+
+
+# --- which cluster -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "recorded", "alive", "joins"),
+    [
+        ("", None, set(), False),
+        ("", None, {"127.0.0.1:1"}, False),  # another sweep's private cluster
+        ("", "127.0.0.1:2", {"127.0.0.1:1"}, False),  # what `ray start` recorded is gone
+        ("", "127.0.0.1:1", {"127.0.0.1:1", "127.0.0.1:2"}, True),
+        ("10.0.0.1:6379", None, set(), True),
+        ("local", "127.0.0.1:1", {"127.0.0.1:1"}, False),
+    ],
+)
+def test_only_a_cluster_that_is_meant_is_joined(
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    recorded: str | None,
+    alive: set[str],
+    joins: bool,
+) -> None:
+    def join(**_: Any) -> None:
+        raise ConnectionError("reached")
+
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(cluster.services, "find_bootstrap_address", lambda _: recorded)
+    monkeypatch.setattr(cluster.services, "find_gcs_addresses", lambda: alive)
+    tried: list[str] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: tried.append("init") or join())
+    if variable not in ("", "local"):
+        with pytest.raises(ClusterError, match="no Ray cluster answers"):
+            cluster._join()
+    else:
+        assert cluster._join() is False
+    assert bool(tried) == joins
