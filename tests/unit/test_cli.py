@@ -23,6 +23,7 @@ from nerf.scenes.settings import SceneSettings
 from nerf.training import Recipe, Trainer
 from orchestrator.cli import main
 from orchestrator.cli.parser import build_parser
+from pruning import CRITERIA
 from tests.unit.sweep_builder import mapping, text
 
 COMMANDS = (
@@ -138,6 +139,7 @@ NO_COMMANDS = {"COMMAND"}  # stands for any command
 def commands_in(document: str) -> set[str]:
     """Every COMMAND that follows ``prunefield`` in a code span, a code block or a table."""
     spans = re.findall(r"```.*?```|`[^`\n]+`", document, flags=re.DOTALL)
+    spans = [re.sub(r"(?m)\s#.*$", "", span) for span in spans]  # comments are prose
     found = {c for span in spans for c in re.findall(r"\bprunefield ([A-Za-z][\w-]*)", span)}
     return found - NO_COMMANDS
 
@@ -312,11 +314,23 @@ def test_a_checkpoint_that_speaks_nonsense_of_its_scene_is_still_measured(
 
 # --- prune ---------------------------------------------------------------------------------------
 
+NO_GRADIENTS_YET = pytest.mark.xfail(
+    strict=True, reason="neither sweeps nor the command collect gradient statistics yet"
+)
 CALIBRATION = ("--calibration-views", 2, "--calibration-rays", 16)
 
 
-@pytest.mark.parametrize("networks", ["coarse", "fine", "both"])
-@pytest.mark.parametrize("criterion", ["activation", "magnitude"])
+@pytest.mark.parametrize(
+    ("criterion", "networks"),
+    [
+        ("magnitude", "coarse"),
+        ("activation", "fine"),
+        *(
+            pytest.param(name, "both", marks=[NO_GRADIENTS_YET] if rule.gradients else [])
+            for name, rule in CRITERIA.items()
+        ),
+    ],
+)
 def test_prune_writes_a_physically_smaller_model(
     run: Run, files: dict[str, Path], tmp_path: Path, criterion: str, networks: str
 ) -> None:
