@@ -165,12 +165,13 @@ def _quality(record: Record) -> list[str]:
 
 
 def _brief(record: Record) -> dict[str, Any]:
-    names = ("size_bytes", "mse", "psnr", "ssim")
+    size = number(record, "size_bytes")
     return {
         "id": record.key,
         "training": record.training,
         "configuration": _plain(dict(record.config)),
-        **{name: number(record, name) for name in names},
+        "size_bytes": None if size is None else int(size),
+        **{name: number(record, name) for name in ("mse", "psnr", "ssim")},
     }
 
 
