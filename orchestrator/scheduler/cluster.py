@@ -88,7 +88,13 @@ def _private_cluster() -> Iterator[None]:
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-    with environment({"RAY_AUTH_MODE": mode, LOOPBACK_VARIABLE: "0"}):
+    settings = {
+        "RAY_AUTH_MODE": mode,
+        LOOPBACK_VARIABLE: "0",
+        # By default Ray's workers yield to everything else on the machine (nice 15).
+        "RAY_worker_niceness": "0",
+    }
+    with environment(settings):
         try:
             ray.init(
                 address="local",
