@@ -1,5 +1,6 @@
 """Find the Ray cluster this process stands on, or start one here."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,7 @@ def connected() -> Iterator[None]:
             try:
                 yield
             finally:
-                ray.shutdown()
+                _leave()
         else:
             with _private_cluster():
                 yield
@@ -108,8 +109,25 @@ def _private_cluster() -> Iterator[None]:
                 raise
             raise ClusterError(f"Ray could not be started on this machine: {error}") from error
         finally:
-            ray.shutdown()
+            _leave()
             ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _leave() -> None:
+    """Disconnect from Ray.
+
+    Ray ends the whole process if a reference to one of its objects is dropped just after it has
+    shut down, and the garbage collector runs in whichever thread allocates (the tracking logger's,
+    say). So all garbage is collected before, and none while Ray shuts down.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        gc.collect()
+        ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

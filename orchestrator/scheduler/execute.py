@@ -139,6 +139,7 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
                 ),
             ).fit()
     finally:
+        queue.disconnect()
         exchange.close()
         dispatcher.close()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -106,6 +106,10 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._max_lanes = max_lanes
         self._offer()
 
+    def disconnect(self) -> None:
+        """Forget where lanes get their work: the run is over."""
+        self._dispatch = None
+
     def _offer(self) -> None:
         if self._dispatch is not None and self._to_offer:
             self._dispatch.offer([(_model_of(node), item_of(node)) for node in self._to_offer])
