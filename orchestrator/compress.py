@@ -60,7 +60,7 @@ def with_fields(dense: NerfModel, scope: str, pruned: Mapping[str, Pruned]) -> N
 
 def write_model(path: Path, model: NerfModel, bits: str, info: Mapping[str, Any]) -> int:
     """Write a model with its weights stored as a scheme says; gives the file's size."""
-    return save_model(path, model, info, _packed(model, bits))
+    return save_model(path, model, info, packed(model, bits))
 
 
 def read_back(path: Path, model: NerfModel, bits: str) -> NerfModel:
@@ -97,7 +97,7 @@ def shrink_to_file(
     }
     whole = with_fields(dense, config.networks, {})
     price = price_of(config.bits)
-    everything = model_size(whole, info, _packed(whole, config.bits))
+    everything = model_size(whole, info, packed(whole, config.bits))
     fixed = everything - cost_of(networks, Budget(0, price), widths)
     for _ in range(ATTEMPTS):
         try:
@@ -126,7 +126,7 @@ def shrink_to_file(
     raise BudgetError(f"the file has {size:,} bytes where {config.size:,} are allowed")
 
 
-def _packed(model: NerfModel, bits: str) -> dict[str, Packed] | None:
+def packed(model: NerfModel, bits: str) -> dict[str, Packed] | None:
     """The stored networks in few bits, per output channel; None for plain float32."""
     if bits == "fp32":
         return None
