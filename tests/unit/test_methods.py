@@ -21,12 +21,14 @@ from orchestrator.cli import main
 from orchestrator.compress import packed, write_model
 from orchestrator.errors import SpecError
 from orchestrator.plan import Needs, Plan, Trial, make_plan
+from orchestrator.progress import describe
 from orchestrator.provenance import Origin
-from orchestrator.results import Record
+from orchestrator.report.data import is_uniform
+from orchestrator.results import Record, method_of
 from orchestrator.spec import Sweep, load, read_text
 from orchestrator.stages import MODEL, Stopwatch, Workbench
 from orchestrator.store import Store
-from orchestrator.tracking.names import params
+from orchestrator.tracking.names import params, run_name
 from orchestrator.units import parse_bytes
 from pruning import COMPENSATIONS, SCHEMES, BudgetError, cells, price_of, quantize
 from tests.tiny_scene import tiny_scene
@@ -103,6 +105,26 @@ def test_every_new_axis_fans_out(tmp_path: Path) -> None:
     logged = params(record_of(trials[0]))
     for name in ("size", "allocation", "compensation", "bits", "calibration_weighting"):
         assert name in logged
+
+
+def test_a_method_is_named_by_what_is_not_at_its_default(tmp_path: Path) -> None:
+    grids = (
+        {"ratios": 0.5},
+        {"ratios": 0.5, "criteria": "magnitude", "bits": "int8"},
+        {"sizes": "20kB", "calibration": {"weighting": "render"}},
+    )
+    trials = trials_of(tmp_path, *grids)
+    assert [method_of(t.config.flat()) for t in trials] == [
+        "activation",
+        "magnitude, int8",
+        "obs + obs, render",
+    ]
+    assert method_of({"iterations": 5}) == ""
+    names = [run_name("trial", "0123456789", t.config.flat()) for t in trials]
+    assert names[0] == "activation both 50% uniform 01234567"
+    assert names[2] == "obs + obs, render both 20 kB chain 01234567"
+    assert describe(record_of(trials[2])) == "obs + obs, render both 20 kB chain"
+    assert not is_uniform(record_of(trials[2]))
 
 
 def record_of(trial: Trial) -> Record:
