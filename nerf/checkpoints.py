@@ -1,4 +1,8 @@
-"""Model files: the weights of both networks and what is needed to render with them."""
+"""Model files: the weights of both networks and what is needed to render with them.
+
+A shared network is stored once: the description of ``coarse`` is then the word ``fine``. Networks
+in few bits are one row of bytes each, see `nerf.packing`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,19 +14,26 @@ from torch import Tensor
 from nerf import interchange
 from nerf.errors import CheckpointError
 from nerf.field import Field, FieldShape, NerfModel, SampleCounts
-from nerf.files import read_tensors, write_tensors
+from nerf.files import as_bytes, read_tensors, write_tensors
+from nerf.packing import Packed
 
 FORMAT = "prunefield-nerf"
 VERSION = 1
 
 
-def save_model(path: Path, model: NerfModel, info: Mapping[str, Any]) -> int:
+def save_model(
+    path: Path,
+    model: NerfModel,
+    info: Mapping[str, Any],
+    packed: Mapping[str, Packed] | None = None,
+) -> int:
     """Write a model file (safetensors).
 
     Args:
         path: the file.
-        model: the networks.
+        model: the networks; a shared one is stored once.
         info: plain data about where the model comes from (scene settings, training).
+        packed: what to store instead of the float32 weights: every stored network in few bits.
 
     Returns:
         The size of the file in bytes: everything needed to render.
@@ -30,20 +41,38 @@ def save_model(path: Path, model: NerfModel, info: Mapping[str, Any]) -> int:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    tensors = {
-        f"{network}.{name}": tensor
-        for network, field in model.networks().items()
-        for name, tensor in field.state_dict().items()
-    }
-    metadata = {
+    return write_tensors(path, *_contents(model, info, packed))
+
+
+def model_size(
+    model: NerfModel, info: Mapping[str, Any], packed: Mapping[str, Packed] | None = None
+) -> int:
+    """The size in bytes of the file that `save_model` would write."""
+    return len(as_bytes(*_contents(model, info, packed)))
+
+
+def _contents(
+    model: NerfModel, info: Mapping[str, Any], packed: Mapping[str, Packed] | None
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and metadata of a model file."""
+    metadata: dict[str, object] = {
         "format": FORMAT,
         "version": VERSION,
-        "coarse": asdict(model.coarse.shape),
+        "coarse": "fine" if model.shared else asdict(model.coarse.shape),
         "fine": asdict(model.fine.shape),
         "samples": asdict(model.samples),
         "info": dict(info),
     }
-    return write_tensors(path, tensors, metadata)
+    if packed is not None:
+        schemes = {network: of.scheme for network, of in packed.items()}
+        return {network: of.row() for network, of in packed.items()}, metadata | {
+            "schemes": schemes
+        }
+    return {
+        f"{network}.{name}": tensor
+        for network, field in model.stored().items()
+        for name, tensor in field.state_dict().items()
+    }, metadata
 
 
 def load_model(path: Path, samples: SampleCounts | None = None) -> tuple[NerfModel, dict[str, Any]]:
@@ -71,21 +100,34 @@ def load_model(path: Path, samples: SampleCounts | None = None) -> tuple[NerfMod
             f"this prunefield reads {FORMAT!r} version {VERSION}"
         )
     try:
-        fields = {name: _field(metadata[name], name, tensors) for name in ("coarse", "fine")}
+        schemes: Any = metadata.get("schemes", {})
+        names = ("fine",) if metadata["coarse"] == "fine" else ("coarse", "fine")
+        fields = {
+            name: _unpacked(metadata[name], schemes[name], tensors[name])
+            if name in schemes
+            else _field(metadata[name], name, tensors)
+            for name in names
+        }
         counts = samples or SampleCounts(**metadata["samples"])  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}: the weights do not fit the described networks ({error})"
         ) from error
     info = metadata.get("info")
-    return NerfModel(fields["coarse"], fields["fine"], counts), dict(info) if isinstance(
-        info, dict
-    ) else {}
+    model = NerfModel(fields.get("coarse", fields["fine"]), fields["fine"], counts)
+    return model, dict(info) if isinstance(info, dict) else {}
+
+
+def _shape(description: Any) -> FieldShape:
+    return FieldShape(**{**description, "trunk": tuple(description["trunk"])})
+
+
+def _unpacked(description: Any, scheme: str, row: Tensor) -> Field:
+    return Packed.from_row(_shape(description), scheme, row).field()
 
 
 def _field(description: Any, network: str, tensors: Mapping[str, Tensor]) -> Field:
-    shape = FieldShape(**{**description, "trunk": tuple(description["trunk"])})
-    field = Field(shape)
+    field = Field(_shape(description))
     prefix = f"{network}."
     field.load_state_dict(
         {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}

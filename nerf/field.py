@@ -176,7 +176,11 @@ class SampleCounts:
 
 @dataclass
 class NerfModel:
-    """A coarse and a fine network with the sample counts they render with."""
+    """A coarse and a fine network with the sample counts they render with.
+
+    They may be one and the same `Field`: a shared network, which both passes use and which is
+    stored once.
+    """
 
     coarse: Field
     fine: Field
@@ -196,6 +200,15 @@ class NerfModel:
         """The networks by name, in the order they are evaluated."""
         return {"coarse": self.coarse, "fine": self.fine}
 
+    @property
+    def shared(self) -> bool:
+        """Whether one network does both passes."""
+        return self.coarse is self.fine
+
+    def stored(self) -> dict[str, Field]:
+        """The networks as a file holds them: each once, a shared one as ``fine``."""
+        return {"fine": self.fine} if self.shared else self.networks()
+
     def to(self, device: str | torch.device) -> "NerfModel":
         """Move both networks to a device, in place."""
         self.coarse.to(device)
@@ -208,8 +221,8 @@ class NerfModel:
         return self.coarse.rgb.weight.device
 
     def parameters(self) -> int:
-        """Parameters of both networks."""
-        return self.coarse.shape.parameters() + self.fine.shape.parameters()
+        """Parameters of both networks; of a shared one, once."""
+        return sum(field.shape.parameters() for field in self.stored().values())
 
     def flops_per_ray(self) -> int:
         """Floating-point operations for one ray, both passes."""

@@ -63,13 +63,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         CheckpointError: the file cannot be written.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {name: json.dumps(value, separators=(",", ":")) for name, value in metadata.items()}
-    header["sha256"] = _digest(plain, header)
-    data = serialize(plain, header)
+    data = as_bytes(tensors, metadata)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return len(data)
+
+
+def as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> bytes:
+    """What `write_tensors` writes."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {name: json.dumps(value, separators=(",", ":")) for name, value in metadata.items()}
+    header["sha256"] = _digest(plain, header)
+    return serialize(plain, header)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

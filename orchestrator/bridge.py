@@ -5,6 +5,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from nerf.field import Field, FieldShape, NerfModel
 from nerf.rendering import RenderSettings, evaluate_pass, fine_samples
 from nerf.sampling import stratified
 from nerf.scenes import Scene
+from orchestrator.spec.sweep import Weighting
 from pruning import (
     CalibrationBatch,
     Cell,
@@ -31,23 +33,35 @@ CPU_RAYS = 256
 CUDA_RAYS = 4096
 
 
-def graph_of(shape: FieldShape) -> LayerGraph:
-    """A field's layers as pruning describes them: the hidden layers are prunable."""
+Prunable = Literal["trunk", "all"]
+"""The layers that may lose channels: the hidden ones, or the feature layer and view branch too."""
+
+HEADS = ("density", "rgb")
+
+
+def graph_of(shape: FieldShape, prunable: Prunable = "trunk") -> LayerGraph:
+    """A field's layers as pruning describes them; its outputs, density and rgb, always stay."""
     return LayerGraph(
         external={"point": shape.point_features, "direction": shape.direction_features},
         layers=tuple(
-            Layer(spec.name, spec.inputs, spec.relu, prunable=spec.name.startswith("trunk."))
+            Layer(
+                spec.name,
+                spec.inputs,
+                spec.relu,
+                prunable=spec.name.startswith("trunk.")
+                or (prunable == "all" and spec.name not in HEADS),
+            )
             for spec in shape.layers()
         ),
     )
 
 
-def network_of(field: Field) -> Network:
+def network_of(field: Field, prunable: Prunable = "trunk") -> Network:
     """A field as a network to prune; it shares the field's weights."""
     modules = dict(field.named_modules())
     names = [spec.name for spec in field.shape.layers()]
     return Network(
-        graph_of(field.shape),
+        graph_of(field.shape, prunable),
         {name: modules[name].weight.detach() for name in names},
         {name: modules[name].bias.detach() for name in names},
     )
@@ -80,6 +94,8 @@ def calibrate(
     rays: Iterable[int],
     seed: int,
     moments: tuple[str, ...],
+    prunable: Prunable = "trunk",
+    weighting: Weighting = "uniform",
 ) -> dict[str, NestedStatistics]:
     """Statistics of both networks over nested calibration sets, in one pass over each.
 
@@ -90,6 +106,8 @@ def calibrate(
         rays: set sizes in rays a view.
         seed: draws the order of views, and of the pixels of each.
         moments: what to collect.
+        prunable: whose outputs to look at.
+        weighting: how much each sample counts: all alike, or by its render weight.
 
     Returns:
         By network; ``subset((views, rays))`` gives the statistics of one set.
@@ -97,7 +115,9 @@ def calibrate(
     wanted = cells(sorted(set(views)), sorted(set(rays)))
     return {
         name: collect(
-            network_of(field), calibration_batches(model, name, scene, wanted, seed), moments
+            network_of(field, prunable),
+            calibration_batches(model, name, scene, wanted, seed, weighting),
+            moments,
         )
         for name, field in model.networks().items()
     }
@@ -105,12 +125,18 @@ def calibrate(
 
 @torch.no_grad()
 def calibration_batches(
-    model: NerfModel, network: str, scene: Scene, wanted: Iterable[Cell], seed: int
+    model: NerfModel,
+    network: str,
+    scene: Scene,
+    wanted: Iterable[Cell],
+    seed: int,
+    weighting: Weighting = "uniform",
 ) -> Iterator[CalibrationBatch]:
     """The samples that one network sees on the calibration rays, without jitter or noise.
 
     The coarse network sees the evenly spaced samples; the fine one those and the samples that the
-    coarse network's render weights place.
+    coarse network's render weights place. Weighted by `render`, each counts by the Tᵢαᵢ that the
+    network itself gives it.
     """
     field = model.networks()[network]
     settings = RenderSettings(scene.near, scene.far, scene.white_background)
@@ -118,6 +144,9 @@ def calibration_batches(
         t = stratified(len(rays), model.samples.coarse, scene.near, scene.far, None, model.device)
         if network == "fine":
             t = fine_samples(model, evaluate_pass(model.coarse, rays, t, settings))
+        weights = None
+        if weighting == "render":
+            weights = evaluate_pass(field, rays, t, settings).render_weights.flatten()
         points = rays.origins[:, None, :] + rays.directions[:, None, :] * t[..., None]
         directions = encode(rays.view_directions, field.shape.direction_octaves)
         yield CalibrationBatch(
@@ -125,6 +154,7 @@ def calibration_batches(
                 "point": encode(points.reshape(-1, 3), field.shape.point_octaves),
                 "direction": directions.repeat_interleave(t.shape[1], dim=0),
             },
+            weights,
             cell=cell,
         )
 

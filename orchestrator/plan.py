@@ -6,18 +6,28 @@ two sweeps that want the same training share it, and what the store holds is nev
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from nerf.scenes import scene_fingerprint, training_view_count
 from nerf.training import Recipe
+from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
 from orchestrator.spec import PruneGrid, Sweep, place_of
-from orchestrator.spec.sweep import NetworkScope, Schedule
+from orchestrator.spec.sweep import NetworkScope, Schedule, Weighting
 from orchestrator.store import Store
-from pruning import ALLOCATIONS, CRITERIA
+from pruning import (
+    ALLOCATIONS,
+    BUDGETED,
+    COMPENSATIONS,
+    CRITERIA,
+    moments_for,
+    moments_for_budget,
+)
 
 # Part of every key: raised when a change of the code changes results.
 RESULTS_VERSION = 1
@@ -58,12 +68,39 @@ class Training:
 class CalibrationSet:
     """A calibration set: so many rays of so many training views, drawn by a seed.
 
-    Sets of one seed are nested: a smaller one is the beginning of a larger one.
+    Sets of one seed are nested: a smaller one is the beginning of a larger one. Their samples count
+    alike (``uniform``) or by their render weights (``render``).
     """
 
     views: int
     rays: int
     seed: int
+    weighting: Weighting = "uniform"
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into keys; settings at their default are left out."""
+        return _without(asdict(self), weighting="uniform")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a calibration pass must collect.
+
+    Attributes:
+        moments: names of `pruning.MOMENTS`.
+        prunable: of which layers: the hidden ones, or ``all`` (feature and view branch too).
+    """
+
+    moments: tuple[str, ...] = ("mean",)
+    prunable: Prunable = "trunk"
+
+    def __or__(self, other: "Needs") -> "Needs":
+        prunable: Prunable = "all" if "all" in (self.prunable, other.prunable) else "trunk"
+        return Needs(tuple(sorted({*self.moments, *other.moments})), prunable)
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into keys; settings at their default are left out."""
+        return _without(asdict(self), moments=("mean",), prunable="trunk")
 
 
 @dataclass(frozen=True)
@@ -75,40 +112,73 @@ class Calibration:
         seed: of the sets.
         sets: the set sizes wanted, with the key of each one's statistics.
         cached: whether the store holds all of them.
+        weighting: of the samples.
+        needs: what is collected.
     """
 
     training: str
     seed: int
     sets: Mapping[CalibrationSet, str]
     cached: bool
+    weighting: Weighting = "uniform"
+    needs: Needs = Needs()
 
     @property
     def key(self) -> str:
         """Names this pass among the others of a plan."""
-        return f"{self.training}-{self.seed}"
+        suffix = "" if self.weighting == "uniform" else f"-{self.weighting}"
+        return f"{self.training}-{self.seed}{suffix}"
 
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """One pruning.
+    """One pruning, by ratios or to a size.
 
     Attributes:
         networks: which networks are pruned.
         criterion: scoring rule.
-        ratio: requested fraction of channels removed, the mean over layers.
-        schedule: name of the allocation, or "explicit".
-        layer_ratios: requested fraction of each hidden layer.
-        calibration: the calibration set; None where the criterion looks at no data.
+        ratio: requested fraction of channels removed, the mean over layers; None with a size.
+        schedule: name of the allocation, of a ratio or of a size, or "explicit".
+        layer_ratios: requested fraction of each hidden layer; empty with a size.
+        calibration: the calibration set; None where nothing looks at data.
         seed: of the criterion; None where it draws nothing.
+        compensation: what the readers of removed channels do.
+        size: the most bytes that the model file may have, or None.
+        coarse_weight: how much the errors of the coarse network count; None where they are not
+            weighed against those of the fine one.
+        bits: how the file stores its weights.
     """
 
     networks: NetworkScope
     criterion: str
-    ratio: float
+    ratio: float | None
     schedule: str
     layer_ratios: tuple[float, ...]
     calibration: CalibrationSet | None
     seed: int | None
+    compensation: str = "none"
+    size: int | None = None
+    coarse_weight: float | None = None
+    bits: str = "fp32"
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of its calibration set."""
+        if self.size is None:
+            return Needs(moments_for([self.criterion], [self.compensation]))
+        moments = moments_for_budget(self.criterion, self.schedule, self.compensation)
+        return Needs(moments, "all")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that came later, as they go into keys: those at their default are not."""
+        later = {
+            "compensation": self.compensation,
+            "size": self.size,
+            "coarse_weight": self.coarse_weight,
+            "bits": self.bits,
+        }
+        return _without(later, compensation="none", size=None, coarse_weight=None, bits="fp32")
 
     def flat(self) -> dict[str, Any]:
         """Flat configuration for records and MLflow; what does not apply is left out."""
@@ -117,10 +187,18 @@ class TrialConfig:
             "criterion": self.criterion,
             "ratio": self.ratio,
             "schedule": self.schedule,
+            "compensation": self.compensation,
+            "bits": self.bits,
         }
+        if self.size is not None:
+            del flat["ratio"]
+            flat |= {"size": self.size, "allocation": self.schedule}
+        if self.coarse_weight is not None:
+            flat["coarse_weight"] = self.coarse_weight
         if self.calibration is not None:
             flat["calibration_views"] = self.calibration.views
             flat["calibration_rays"] = self.calibration.rays
+            flat["calibration_weighting"] = self.calibration.weighting
             flat["seed"] = self.calibration.seed
         elif self.seed is not None:
             flat["seed"] = self.seed
@@ -203,6 +281,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
         for config in _configs(grid, len(sweep.shape.trunk), view_count):
             combinations += 1
             configs[config] = None
+    needs = _needs_of_passes(configs)
     for recipe, seed in itertools.product(sweep.recipes, sweep.train_seeds):
         key = _training_key(sweep, fingerprint, recipe, seed)
         result = _result_key(sweep, key)
@@ -211,22 +290,30 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
                 key, result, recipe, seed, key in have["checkpoint"], result in have["training"]
             )
         )
-        sets: dict[int, dict[CalibrationSet, str]] = {}
+        sets: dict[Pass, dict[CalibrationSet, str]] = {}
         for config in configs:
             statistics = None
             if config.calibration is not None:
-                of_seed = sets.setdefault(config.calibration.seed, {})
-                statistics = of_seed.get(config.calibration)
+                which = _pass_of(config.calibration)
+                of_pass = sets.setdefault(which, {})
+                statistics = of_pass.get(config.calibration)
                 if statistics is None:
-                    statistics = _statistics_key(key, config.calibration)
-                    of_seed[config.calibration] = statistics
+                    statistics = _statistics_key(key, config.calibration, needs[which])
+                    of_pass[config.calibration] = statistics
             trial_key = _trial_key(sweep, key, config)
             trials.append(
                 Trial(trial_key, key, statistics, config, cached=trial_key in have["trial"])
             )
         calibrations += [
-            Calibration(key, seed, keys, all(k in have["statistics"] for k in keys.values()))
-            for seed, keys in sets.items()
+            Calibration(
+                key,
+                which[0],
+                keys,
+                all(k in have["statistics"] for k in keys.values()),
+                which[1],
+                needs[which],
+            )
+            for which, keys in sets.items()
         ]
     return Plan(
         sweep,
@@ -253,31 +340,102 @@ def _check_views(sweep: Sweep, view_count: int) -> None:
         raise SpecError(str(sweep.source), mistakes)
 
 
+Pass = tuple[int, Weighting]
+"""What calibration sets share one pass: the seed that draws them and how samples count."""
+
+
+def _pass_of(wanted: CalibrationSet) -> Pass:
+    return wanted.seed, wanted.weighting
+
+
+def _needs_of_passes(configs: Iterable[TrialConfig]) -> dict[Pass, Needs]:
+    """What each pass must collect to serve every trial that uses it."""
+    needs: dict[Pass, list[Needs]] = {}
+    for config in configs:
+        if config.calibration is not None:
+            needs.setdefault(_pass_of(config.calibration), []).append(config.needs)
+    return {which: reduce(or_, wanted) for which, wanted in needs.items()}
+
+
+@dataclass(frozen=True)
+class _Target:
+    """How much is to go, and from where: the part of a grid that ratios and sizes do not share."""
+
+    schedule: str
+    ratio: float | None = None
+    layer_ratios: tuple[float, ...] = ()
+    size: int | None = None
+    coarse_weight: float | None = None
+
+
 def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConfig]:
-    """Every combination of a grid; axes that do not matter to a criterion are dropped from it."""
-    spread: dict[tuple[Schedule, float], tuple[str, float, tuple[float, ...]]] = {}
-    for schedule, ratio in itertools.product(grid.schedules, grid.ratios):
-        if isinstance(schedule, tuple):
-            mean = math.fsum(schedule) / depth
-            spread[schedule, ratio] = ("explicit", mean, schedule)
-        else:
-            spread[schedule, ratio] = (schedule, ratio, ALLOCATIONS[schedule](ratio, depth))
+    """Every combination of a grid; axes that do not matter to a trial are dropped from it."""
     axes = grid.calibration
-    for networks, criterion, (name, ratio, layer_ratios), views, rays, seed in itertools.product(
-        grid.networks, grid.criteria, spread.values(), axes.views, axes.rays, axes.seeds
+    for (
+        networks,
+        criterion,
+        target,
+        views,
+        rays,
+        seed,
+        weighting,
+        compensation,
+        bits,
+    ) in itertools.product(
+        grid.networks,
+        grid.criteria,
+        [*_ratio_targets(grid, depth), *_size_targets(grid)],
+        axes.views,
+        axes.rays,
+        axes.seeds,
+        axes.weightings,
+        grid.compensations,
+        grid.bits,
     ):
         rule = CRITERIA[criterion]
+        weighs = target.size is not None and BUDGETED[target.schedule].needs_paths
+        needs_data = rule.needs_statistics or weighs or COMPENSATIONS[compensation].moments
         yield TrialConfig(
             networks=networks,
             criterion=criterion,
-            ratio=ratio,
-            schedule=name,
-            layer_ratios=layer_ratios,
-            calibration=CalibrationSet(view_count if views is None else views, rays, seed)
-            if rule.needs_statistics
+            ratio=target.ratio,
+            schedule=target.schedule,
+            layer_ratios=target.layer_ratios,
+            calibration=CalibrationSet(
+                view_count if views is None else views, rays, seed, weighting
+            )
+            if needs_data
             else None,
             seed=seed if rule.needs_seed else None,
+            compensation=compensation,
+            size=target.size,
+            coarse_weight=target.coarse_weight if weighs and networks == "both" else None,
+            bits=bits,
         )
+
+
+def _ratio_targets(grid: PruneGrid, depth: int) -> Iterator[_Target]:
+    seen: set[tuple[Schedule, float]] = set()
+    for schedule, ratio in itertools.product(grid.schedules, grid.ratios):
+        if (schedule, ratio) in seen:
+            continue
+        seen.add((schedule, ratio))
+        if isinstance(schedule, tuple):
+            yield _Target("explicit", math.fsum(schedule) / depth, schedule)
+        else:
+            yield _Target(schedule, ratio, ALLOCATIONS[schedule](ratio, depth))
+
+
+def _size_targets(grid: PruneGrid) -> Iterator[_Target]:
+    for allocation, size, weight in itertools.product(
+        grid.allocations, grid.sizes, grid.coarse_weights
+    ):
+        yield _Target(allocation, size=size, coarse_weight=weight)
+
+
+def _without(data: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """The data less what is at its default."""
+    return {n: v for n, v in data.items() if n not in defaults or v != defaults[n]}
 
 
 def _training_key(sweep: Sweep, fingerprint: str, recipe: Recipe, seed: int) -> str:
@@ -305,13 +463,14 @@ def _result_key(sweep: Sweep, training: str) -> str:
     )
 
 
-def _statistics_key(training: str, wanted: CalibrationSet) -> str:
+def _statistics_key(training: str, wanted: CalibrationSet, needs: Needs) -> str:
     return content_key(
         {
             "kind": "statistics",
             "version": RESULTS_VERSION,
             "training": training,
-            "set": asdict(wanted),
+            "set": wanted.identity(),
+            **needs.identity(),
         }
     )
 
@@ -326,8 +485,9 @@ def _trial_key(sweep: Sweep, training: str, config: TrialConfig) -> str:
             "criterion": config.criterion,
             "layer_ratios": config.layer_ratios,
             "schedule": config.schedule,
-            "calibration": None if config.calibration is None else vars(config.calibration),
+            "calibration": None if config.calibration is None else config.calibration.identity(),
             "seed": config.seed,
             "protocol": vars(sweep.protocol),
+            **config.identity,
         }
     )

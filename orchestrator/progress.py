@@ -14,7 +14,8 @@ from rich.text import Text
 
 from orchestrator.pareto import front, points
 from orchestrator.plan import Training
-from orchestrator.results import Record
+from orchestrator.results import Record, method_of
+from orchestrator.units import show_bytes
 
 LINE_SECONDS = 5.0
 SHOWN_POINTS = 5
@@ -185,10 +186,9 @@ def describe(record: Record) -> str:
     if record.kind == "training":
         return "dense"
     config = record.config
-    return (
-        f"{config.get('criterion')} {config.get('networks')} {config.get('ratio', 0):.0%} "
-        f"{config.get('schedule')}"
-    )
+    size = config.get("size")
+    amount = f"{config.get('ratio', 0):.0%}" if size is None else show_bytes(size)
+    return f"{method_of(config)} {config.get('networks')} {amount} {config.get('schedule')}"
 
 
 def _clock(seconds: float) -> str:

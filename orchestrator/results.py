@@ -11,6 +11,23 @@ from typing import Any, Literal
 Kind = Literal["checkpoint", "training", "trial"]
 
 
+def method_of(config: Mapping[str, Any]) -> str:
+    """How a trial was pruned, in a few words: ``activation``, ``obs + obs, render, int8``.
+
+    Criterion, compensation, weighting of the calibration, stored bits; defaults are left out.
+    Empty where there is no criterion.
+    """
+    if "criterion" not in config:
+        return ""
+    words = [str(config["criterion"])]
+    if config.get("compensation", "none") != "none":
+        words[0] += f" + {config['compensation']}"
+    for name, default in (("calibration_weighting", "uniform"), ("bits", "fp32")):
+        if config.get(name, default) != default:
+            words.append(str(config[name]))
+    return ", ".join(words)
+
+
 @dataclass(frozen=True)
 class ViewScore:
     """How one held-out view came out (MSE in linear [0, 1] RGB; PSNR in dB; SSIM up to 1)."""
@@ -59,9 +76,12 @@ class Record:
         key: content address; the same configuration has the same key everywhere.
         training: key of the trained model it rests on.
         config: flat configuration: names as in MLflow (``ratio``, ``criterion``, ``networks``,
-            ``schedule``, ``layer_0_ratio``, ``calibration_views``, ``calibration_rays``, ``seed``).
+            ``schedule``, ``compensation``, ``bits``, ``layer_0_ratio``, ``calibration_views``,
+            ``calibration_rays``, ``calibration_weighting``, ``seed``; with a size instead of a
+            ratio ``size``, ``allocation``, ``coarse_weight``).
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
-            ``params``, ``params_coarse``, ``params_fine``, ``flops_per_ray``, ``render_seconds``
+            ``params``, ``params_coarse`` (not of a shared network), ``params_fine``,
+            ``flops_per_ray``, ``render_seconds``
             (mean of one held-out view), ``achieved_ratio``; trainings add ``train_seconds``,
             ``iterations``, ``train_psnr``.
         views: scores of each held-out view.

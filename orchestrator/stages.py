@@ -18,19 +18,27 @@ from nerf.checkpoints import load_model, save_model
 from nerf.devices import resolve_device
 from nerf.errors import CheckpointError
 from nerf.evaluation import Evaluation, HeldOut, error_map, write_picture
-from nerf.field import Field, NerfModel
+from nerf.field import NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, Trainer
-from orchestrator.bridge import as_one, calibrate, field_of, from_one, network_of
+from orchestrator.bridge import as_one, calibrate, from_one, network_of
+from orchestrator.compress import (
+    Compressed,
+    read_back,
+    scope_of,
+    shrink_to_file,
+    with_fields,
+    write_model,
+)
 from orchestrator.errors import PrunefieldError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, Training, Trial
+from orchestrator.plan import Calibration, Training, Trial, TrialConfig
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Record, ViewScore
 from orchestrator.spec import Sweep
 from orchestrator.store import Store
-from pruning import Pruned, Statistics, moments_for, prune
+from pruning import Pruned, Statistics, prune
 
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
@@ -263,7 +271,6 @@ class Workbench:
             return
         with watch.during("load"):
             model, scene = self.model(calibration.training), self.scene()
-        criteria = {name for grid in self.sweep.grids for name in grid.criteria}
         with watch.during("calibrate"):
             nested = calibrate(
                 model,
@@ -271,7 +278,9 @@ class Workbench:
                 [s.views for s in calibration.sets],
                 [s.rays for s in calibration.sets],
                 calibration.seed,
-                moments_for(criteria),
+                calibration.needs.moments,
+                calibration.needs.prunable,
+                calibration.weighting,
             )
         with watch.during("write"):
             for wanted, key in calibration.sets.items():
@@ -295,25 +304,17 @@ class Workbench:
             held_out = self.held_out()
         with watch.during("calibrate"):
             statistics = None if trial.statistics is None else self.statistics(trial.statistics)
-        with watch.during("prune"):
-            model, pruned = prune_model(
-                dense,
-                config.networks,
-                config.criterion,
-                config.layer_ratios,
-                statistics,
-                config.seed,
-            )
-        with watch.during("evaluate"):
-            evaluation = held_out.evaluate(model, self.sweep.protocol.precision)
+        info = {
+            "scene": scene_info(self.sweep, self.scene()),
+            "pruning": config.flat(),
+            "training_key": trial.training,
+        }
         with self.store.writing("trial", trial.key) as folder:
+            with watch.during("prune"):
+                small = compress(folder / MODEL, dense, config, statistics, info)
+            with watch.during("evaluate"):
+                evaluation = held_out.evaluate(small.model, self.sweep.protocol.precision)
             with watch.during("write"):
-                info = {
-                    "scene": scene_info(self.sweep, self.scene()),
-                    "pruning": config.flat(),
-                    "training_key": trial.training,
-                }
-                size = save_model(folder / MODEL, model, info)
                 self._write_renders(folder, evaluation, truth=False)
             record = Record(
                 kind="trial",
@@ -322,12 +323,12 @@ class Workbench:
                 config=config.flat(),
                 metrics={
                     **_scores(evaluation),
-                    **sizes(model, pruned),
-                    "size_bytes": size,
-                    "achieved_ratio": achieved_ratio(pruned),
+                    **sizes(small.model, small.pruned),
+                    "size_bytes": small.size,
+                    "achieved_ratio": achieved_ratio(small.pruned),
                 },
                 views=_views(evaluation),
-                widths=_widths(model),
+                widths=_widths(small.model),
                 provenance=self.origin.provenance(self.device, watch.seconds),
             )
             self.store.write_record(folder, record)
@@ -356,6 +357,33 @@ def failure_of(error: BaseException, watch: Stopwatch) -> Failure:
     return Failure(watch.stage, " ".join(reason.split())[:2000])
 
 
+def compress(
+    path: Path,
+    dense: NerfModel,
+    config: TrialConfig,
+    statistics: Mapping[str, Statistics] | None,
+    info: Mapping[str, Any],
+) -> Compressed:
+    """Prune a model as a trial says and write its file; see `prune_model` and `shrink_to_file`.
+
+    Returns:
+        The model as its file holds it: few-bit weights are read back before they are measured.
+    """
+    if config.size is not None:
+        return shrink_to_file(path, dense, config, statistics, info)
+    model, pruned = prune_model(
+        dense,
+        config.networks,
+        config.criterion,
+        config.layer_ratios,
+        statistics,
+        config.seed,
+        config.compensation,
+    )
+    size = write_model(path, model, config.bits, info)
+    return Compressed(read_back(path, model, config.bits), pruned, size)
+
+
 def prune_model(
     dense: NerfModel,
     scope: str,
@@ -363,40 +391,46 @@ def prune_model(
     layer_ratios: tuple[float, ...],
     statistics: Mapping[str, Statistics] | None,
     seed: int | None,
+    compensation: str = "none",
 ) -> tuple[NerfModel, dict[str, Pruned]]:
     """Prune the networks of a model that a scope names; the others stay as they are.
 
     Args:
         dense: the model; it is not changed.
-        scope: ``coarse``, ``fine`` or ``both``.
+        scope: ``coarse``, ``fine``, ``both``, or ``shared``: the fine one, used for both passes.
         criterion: scoring rule.
         layer_ratios: requested fraction of each hidden layer.
         statistics: calibration statistics by network, where the criterion needs them.
         seed: where the criterion needs one.
+        compensation: what the readers of removed channels do.
 
     Returns:
         The physically smaller model, and what was done to each pruned network.
     """
-    fields: dict[str, Field] = dense.networks()
-    pruned = {}
+    fields = dense.networks()
     # Layers of both networks have the same names: without its own seed, the random criterion would
     # remove the same channels from both.
     seeds = {name: None if seed is None else 2 * seed + i for i, name in enumerate(fields)}
-    for name in list(fields) if scope == "both" else [scope]:
-        pruned[name] = prune(
+    pruned = {
+        name: prune(
             network_of(fields[name]),
             layer_ratios,
             criterion,
             None if statistics is None else statistics[name],
             seeds[name],
+            compensation=compensation,
         )
-        fields[name] = field_of(pruned[name].network, fields[name].shape)
-    return NerfModel(fields["coarse"], fields["fine"], dense.samples), pruned
+        for name in scope_of(scope)
+    }
+    return with_fields(dense, scope, pruned), pruned
 
 
 def sizes(model: NerfModel, pruned: Mapping[str, Pruned]) -> dict[str, float]:
-    """Sizes and cost of a model; `pruned` gives the report's count where a network was pruned."""
-    counts = {name: f.shape.parameters() for name, f in model.networks().items()}
+    """Sizes and cost of a model; `pruned` gives the report's count where a network was pruned.
+
+    A network that both passes share counts once, as the fine one.
+    """
+    counts = {name: f.shape.parameters() for name, f in model.stored().items()}
     nonzero = {
         name: pruned[name].nonzero_parameters if name in pruned else count
         for name, count in counts.items()
@@ -442,7 +476,7 @@ def _views(evaluation: Evaluation) -> tuple[ViewScore, ...]:
 
 
 def _widths(model: NerfModel) -> dict[str, tuple[int, ...]]:
-    return {name: f.shape.trunk for name, f in model.networks().items()}
+    return {name: f.shape.trunk for name, f in model.stored().items()}
 
 
 def _point(progress: Progress) -> dict[str, float]:

@@ -35,7 +35,7 @@ from pruning.gradients import collect_gradients
 from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
 from pruning.pipeline import Pruned, moments_for_budget, prune, shrink
-from pruning.quantization import SCHEMES, Quantized, Scheme, balance, quantize
+from pruning.quantization import SCHEMES, Quantized, Scheme, balance, price_of, quantize
 from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, needs_gradients, score
 from pruning.selection import keep_mask, removed_count, select
 from pruning.simplify import merge_linear
@@ -102,6 +102,7 @@ __all__ = [
     "moments_for_budget",
     "needs_gradients",
     "nonzero_parameters",
+    "price_of",
     "prune",
     "quantize",
     "remove",

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from pruning.budget import Price
 from pruning.calibration import Statistics
 from pruning.errors import PruningError
 from pruning.network import LayerGraph, Network
@@ -37,6 +38,9 @@ from pruning.solving import DAMPING, damped, input_gram, inverse
 
 CLIPS = 20
 """How many clippings of a grid are tried, from none down to 60 % of the largest weight."""
+
+HALF = 2
+"""Bytes of a bias, scale or offset."""
 
 AWQ_GRID = 20
 """How many exponents α in [0, 1) the balancing tries."""
@@ -75,6 +79,22 @@ SCHEMES: dict[str, Scheme] = {
 }
 """The schemes by the name that a sweep file uses: ``int`` symmetric, ``uint`` with an offset,
 ``gptq`` symmetric with error feedback, ``kmeans`` a codebook a layer."""
+
+
+def price_of(scheme: str) -> Price:
+    """What a weight and an output of a layer take, in bytes, for a `Budget`.
+
+    Checksums and codebooks (a fixed number of bytes a layer) are not in it.
+
+    Raises:
+        PruningError: no such scheme.
+    """
+    chosen = lookup(SCHEMES, scheme, "quantisation scheme")
+    if chosen.kind == "float":
+        return Price(chosen.bits / 8, chosen.bits / 8)
+    if chosen.kind == "codebook":
+        return Price(chosen.bits / 8, HALF)
+    return Price(chosen.bits / 8, 2 * HALF if chosen.symmetric else 3 * HALF)
 
 
 @dataclass(frozen=True)

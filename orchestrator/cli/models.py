@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +49,32 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a checkpoint outside any sweep."""
-    from nerf.checkpoints import save_model
     from orchestrator.bridge import calibrate
-    from orchestrator.stages import BYTES_PER_PARAMETER, achieved_ratio, prune_model, sizes
-    from pruning import allocate, moments_for
+    from orchestrator.plan import CalibrationSet
+    from orchestrator.stages import BYTES_PER_PARAMETER, achieved_ratio, compress, sizes
+    from pruning import allocate
 
-    moments = moments_for([options.criterion])
+    config = _pruning(options)
     model, scene, info = _open(options)
-    depths = {
-        len(field.shape.trunk)
-        for name, field in model.networks().items()
-        if options.networks in (name, "both")
-    }
-    if len(depths) > 1:
-        raise OrchestratorError(
-            f"the networks of {options.checkpoint} have {sorted(depths)} hidden layers; prune them "
-            "one after the other with --networks coarse and --networks fine"
-        )
-    ratios = allocate(options.schedule, depths.pop(), options.ratio)
     _check_output(options.output)
     statistics = None
-    if moments:
+    if options.size is None:
+        depth = _depth(model, options)
+        config = replace(config, layer_ratios=allocate(config.schedule, depth, config.ratio))
+    if config.needs.moments:
         views = options.calibration_views or len(scene.train)
         if views > len(scene.train):
             raise OrchestratorError(
                 f"--calibration-views {views}: the scene has {len(scene.train)} training views"
             )
-        rays = options.calibration_rays
-        nested = calibrate(model, scene, [views], [rays], options.seed, moments)
+        rays, needs = options.calibration_rays, config.needs
+        nested = calibrate(
+            model, scene, [views], [rays], options.seed, needs.moments, needs.prunable
+        )
         statistics = {name: of.subset((views, rays)) for name, of in nested.items()}
-    small, pruned = prune_model(
-        model, options.networks, options.criterion, ratios, statistics, options.seed
-    )
-    config = {
-        "ratio": options.ratio,
-        "criterion": options.criterion,
-        "networks": options.networks,
-        "schedule": options.schedule,
-        "seed": options.seed,
-    }
-    size = save_model(options.output, small, {**info, "pruning": config})
+        config = replace(config, calibration=CalibrationSet(views, rays, options.seed))
+    made = compress(options.output, model, config, statistics, {**info, "pruning": config.flat()})
+    small, pruned, size = made.model, made.pruned, made.size
     networks: dict[str, dict[str, Any]] = {
         name: {
             "nonzero_bytes": BYTES_PER_PARAMETER * of.nonzero_parameters,
@@ -115,6 +102,69 @@ def prune(options: argparse.Namespace) -> int:
         )
     print(f"{options.output}: {size:,} bytes")
     return 0
+
+
+def _pruning(options: argparse.Namespace) -> Any:
+    """The options as a pruning; what was not given has the best setting known, or the report's.
+
+    Raises:
+        OrchestratorError: options that make no sense together.
+        PruningError: a name that does not exist.
+    """
+    from orchestrator.plan import TrialConfig
+    from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES
+    from pruning.registry import lookup
+
+    by_size = options.size is not None
+    for given, name, instead in (
+        (options.schedule if by_size else None, "--schedule", "--size is shared by --allocation"),
+        (None if by_size else options.allocation, "--allocation", "--ratio is by --schedule"),
+        (None if by_size else options.coarse_weight, "--coarse-weight", "it goes with --size"),
+    ):
+        if given is not None:
+            raise OrchestratorError(f"{name} {given} has no meaning here: {instead}")
+    both = options.networks == "both"
+    if options.coarse_weight is not None and not both:
+        raise OrchestratorError("--coarse-weight has a meaning with --networks both alone")
+    criterion = options.criterion or ("obs" if by_size else "activation")
+    compensation = options.compensation or ("obs" if by_size else "none")
+    schedule = options.allocation or "chain" if by_size else options.schedule or "uniform"
+    if lookup(CRITERIA, criterion, "criterion").gradients:
+        raise OrchestratorError(f"--criterion {criterion} needs gradients: use it from Python")
+    lookup(COMPENSATIONS, compensation, "compensation")
+    lookup(BUDGETED if by_size else ALLOCATIONS, schedule, "allocation")
+    if lookup(SCHEMES, options.bits, "scheme").gptq:
+        raise OrchestratorError(
+            f"--bits {options.bits} needs statistics of the pruned network: use it from Python"
+        )
+    weighs = by_size and both and BUDGETED[schedule].needs_paths
+    return TrialConfig(
+        networks=options.networks,
+        criterion=criterion,
+        ratio=options.ratio,
+        schedule=schedule,
+        layer_ratios=(),
+        calibration=None,
+        seed=options.seed,
+        compensation=compensation,
+        size=options.size,
+        coarse_weight=(options.coarse_weight or 0.1) if weighs else None,
+        bits=options.bits,
+    )
+
+
+def _depth(model: Any, options: argparse.Namespace) -> int:
+    """Hidden layers of the networks to prune, which must agree."""
+    of = {"both": ("coarse", "fine"), "shared": ("fine",)}.get(
+        options.networks, (options.networks,)
+    )
+    depths = {len(model.networks()[name].shape.trunk) for name in of}
+    if len(depths) > 1:
+        raise OrchestratorError(
+            f"the networks of {options.checkpoint} have {sorted(depths)} hidden layers; prune them "
+            "one after the other with --networks coarse and --networks fine"
+        )
+    return int(depths.pop())
 
 
 def render(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.cli import models, sweeps
 from orchestrator.provenance import package_version
+from orchestrator.units import parse_bytes
 
 LARGEST = 2**31 - 1
 Command = Callable[[argparse.Namespace], int | None]
@@ -114,12 +115,36 @@ def _model_commands(command: Callable[..., Any]) -> None:
         "-o small.safetensors",
     )
     _add_model(prune)
-    prune.add_argument("--ratio", type=_ratio, required=True, help="fraction of channels to remove")
-    prune.add_argument("--criterion", default="activation", help="scoring rule (activation)")
-    prune.add_argument(
-        "--networks", choices=("coarse", "fine", "both"), default="both", help="which (both)"
+    target = prune.add_mutually_exclusive_group(required=True)
+    target.add_argument("--ratio", type=_ratio, help="fraction of channels to remove")
+    target.add_argument(
+        "--size",
+        type=_size,
+        metavar="BYTES",
+        help="the most that the model file may have, e.g. 500kB; everything else then has the best "
+        "setting known",
     )
-    prune.add_argument("--schedule", default="uniform", help="spread over the layers (uniform)")
+    prune.add_argument("--criterion", help="scoring rule (activation; obs with --size)")
+    prune.add_argument(
+        "--networks",
+        choices=("coarse", "fine", "both", "shared"),
+        default="both",
+        help="which; shared: the fine one alone, for both passes (both)",
+    )
+    prune.add_argument("--schedule", help="spread of a ratio over the layers (uniform)")
+    prune.add_argument("--allocation", help="how a size is shared out (chain)")
+    prune.add_argument(
+        "--compensation", help="what replaces what was removed (none; obs with --size)"
+    )
+    prune.add_argument(
+        "--coarse-weight",
+        type=_positive,
+        metavar="X",
+        help="how much errors of the coarse network count, with --size (0.1)",
+    )
+    prune.add_argument(
+        "--bits", default="fp32", help="how weights are stored: fp16, int8, … (fp32)"
+    )
     prune.add_argument(
         "--calibration-views", type=_count, metavar="N", help="training views (all of them)"
     )
@@ -206,6 +231,23 @@ def _holdout(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _whole(text, 0)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _ratio(text: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator import pareto
 from orchestrator.pareto import Point, Quality, Reference
-from orchestrator.results import Record
+from orchestrator.results import Record, method_of
 from orchestrator.store import Store
 
 MB = 2**20
@@ -19,7 +19,12 @@ RATIO_TOLERANCE = 1e-6
 
 @dataclass(frozen=True, order=True)
 class Series:
-    """Trials that belong together in a plot: one criterion on one choice of networks."""
+    """Trials that belong together in a plot: one method on one choice of networks.
+
+    Attributes:
+        criterion: and what else makes the method, see `results.method_of`.
+        networks: which were pruned.
+    """
 
     criterion: str
     networks: str
@@ -142,12 +147,12 @@ class ReportData:
 
 def series_of(trial: Record) -> Series:
     """The series of a trial; "?" for what its configuration does not say."""
-    return Series(str(trial.config.get("criterion", "?")), str(trial.config.get("networks", "?")))
+    return Series(method_of(trial.config) or "?", str(trial.config.get("networks", "?")))
 
 
 def is_uniform(trial: Record) -> bool:
     """Whether every layer is pruned by the same ratio."""
-    return trial.config.get("schedule", "uniform") == "uniform"
+    return "size" not in trial.config and trial.config.get("schedule", "uniform") == "uniform"
 
 
 def ratio_of(trial: Record) -> float | None:

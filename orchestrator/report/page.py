@@ -18,7 +18,7 @@ from orchestrator.report.pictures import Cell, Grid, Inlined, png_uri
 from orchestrator.report.published import TABLE_1
 from orchestrator.report.style import CSS
 from orchestrator.report.tables import ABSENT, fixed, megabytes, percent
-from orchestrator.results import Record
+from orchestrator.results import Record, method_of
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LOSSES = (0.5, 1.0)
@@ -322,7 +322,7 @@ def _trial_row(data: ReportData, record: Record) -> str:
     mark = '<span class="mark" aria-label="on the front">●</span> ' if front else ""
     return (
         f'<tr{" class=front" if front else ""}><th scope="row">{mark}'
-        f"{e(config.get('criterion', ABSENT))}</th>"
+        f"{e(method_of(config) or ABSENT)}</th>"
         f'<td class="left">{e(config.get("networks", ABSENT))}</td>'
         f"<td>{e(percent(config.get('ratio')))}</td>"
         f'<td class="left">{e(config.get("schedule", ABSENT))}</td>'
@@ -400,7 +400,7 @@ def _cells(values: Iterable[str]) -> str:
 
 
 def _summary(record: Record) -> str:
-    parts = [record.config.get("criterion"), record.config.get("networks")]
+    parts = [method_of(record.config), record.config.get("networks")]
     if ratio_of(record) is not None:
         parts.append(percent(record.config["ratio"]))
     if record.config.get("schedule") not in (None, "uniform"):

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator import pareto
 from orchestrator.pareto import Quality
 from orchestrator.report.data import MB, ReportData, number
-from orchestrator.results import Record
+from orchestrator.results import Record, method_of
 
 ABSENT = "–"
 CONFIG_FIRST = ("criterion", "networks", "ratio", "schedule", "calibration_views")
@@ -98,7 +98,7 @@ def table(data: ReportData, only_front: bool = False) -> str:
     for record in sorted(data.done, key=lambda r: (number(r, "size_bytes") or math.inf, r.key)):
         on_front = record.key in data.front_keys
         if on_front or not only_front:
-            words = [record.config.get(name) for name in ("criterion", "networks")]
+            words = [method_of(record.config), record.config.get("networks")]
             rows.append(
                 [
                     "*" if on_front else "",

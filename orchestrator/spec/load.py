@@ -32,6 +32,7 @@ from orchestrator.spec.sweep import (
     Sweep,
     TrackingSettings,
 )
+from pruning import CRITERIA, SCHEMES
 
 # Limits far above any sweep, so that a file that is none of ours is refused at once.
 MAX_FILE_BYTES = 1_000_000
@@ -219,6 +220,9 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
                     f"{len(schedule)} ratios for {depth} hidden layers; give one ratio a layer"
                 )
                 found.append(Mistake(at(where), shown(schedule), message))
+        if isinstance(grid, dict):
+            where = at(f"prune[{number}]" if isinstance(grids, list) else "prune")
+            found += _combinations(grid, where)
     return found
 
 
@@ -227,8 +231,17 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
     train = parsed.train
     trainings = _product(train.iterations, train.rays, train.learning_rate, train.seeds)
     grids = sum(
-        _product(grid.networks, grid.criteria, grid.ratios, grid.schedules)
-        * _product(grid.calibration.views, grid.calibration.rays, grid.calibration.seeds)
+        _product(grid.networks, grid.criteria, grid.compensation, grid.bits)
+        * max(
+            _product(grid.ratios, grid.schedules),
+            _product(grid.sizes, grid.allocations, grid.coarse_weight),
+        )
+        * _product(
+            grid.calibration.views,
+            grid.calibration.rays,
+            grid.calibration.seeds,
+            grid.calibration.weighting,
+        )
         for grid in parsed.prune
     )
     if trainings * grids <= MAX_TRIALS:
@@ -242,6 +255,42 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
 
 def _product(*axes: Sequence[Any]) -> int:
     return math.prod(len(axis) for axis in axes)
+
+
+def _combinations(grid: dict[str, Any], where: str) -> list[Mistake]:
+    """Settings of one grid that make no sense together."""
+
+    def names(key: str, default: str) -> list[Any]:
+        given = grid.get(key, default)
+        return given if isinstance(given, list) else [given]
+
+    wrong: dict[str, str] = {}
+    if "ratios" in grid and "sizes" in grid:
+        wrong["sizes"] = "a grid has ratios or sizes; put them into two grids"
+    elif "sizes" in grid and "schedules" in grid:
+        wrong["schedules"] = (
+            "schedules spread a ratio and sizes have none; `allocations` share out a size"
+        )
+    elif "ratios" not in grid and "sizes" not in grid:
+        wrong["ratios"] = "this key is required (or `sizes`, in bytes of the model file)"
+    if "sizes" not in grid:
+        for key in ("allocations", "coarse_weight"):
+            if key in grid:
+                wrong[key] = "only a grid with `sizes` has this; ratios are spread by `schedules`"
+    elif "coarse_weight" in grid and "both" not in names("networks", "both"):
+        wrong["coarse_weight"] = "only `networks: both` shares a size out between two networks"
+    for name in names("criteria", "activation"):
+        if isinstance(name, str) and name in CRITERIA and CRITERIA[name].gradients:
+            wrong["criteria"] = (
+                f"{name!r} needs gradients, which sweeps do not collect; it is for use from Python"
+            )
+    for name in names("bits", "fp32"):
+        if isinstance(name, str) and name in SCHEMES and SCHEMES[name].gptq:
+            wrong["bits"] = (
+                f"{name!r} needs statistics of the pruned network, which sweeps do not collect; "
+                f"'int{SCHEMES[name].bits}' does not"
+            )
+    return [Mistake(f"{where}.{key}", None, message) for key, message in wrong.items()]
 
 
 def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
@@ -262,7 +311,9 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             dict.fromkeys(train.learning_rate),
         )
     )
-    identity = parsed.model_dump(include={"name", "scene", "train", "prune", "evaluate"})
+    identity = _without_later_defaults(
+        parsed.model_dump(include={"name", "scene", "train", "prune", "evaluate"})
+    )
     resources = parsed.resources
     return Sweep(
         name=parsed.name,
@@ -304,6 +355,26 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
     )
 
 
+# Settings that came later: a file that does not use them keeps its hash.
+_LATER: dict[str, Any] = {
+    "compensation": ["none"],
+    "sizes": [],
+    "allocations": ["chain"],
+    "coarse_weight": [0.1],
+    "bits": ["fp32"],
+}
+
+
+def _without_later_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    for grid in identity["prune"]:
+        for name, default in _LATER.items():
+            if grid[name] == default:
+                del grid[name]
+        if grid["calibration"]["weighting"] == ["uniform"]:
+            del grid["calibration"]["weighting"]
+    return identity
+
+
 def _grid(section: PruneSection) -> PruneGrid:
     calibration = section.calibration
     return PruneGrid(
@@ -315,7 +386,13 @@ def _grid(section: PruneSection) -> PruneGrid:
             views=tuple(calibration.views),
             rays=tuple(calibration.rays),
             seeds=tuple(calibration.seeds),
+            weightings=tuple(calibration.weighting),
         ),
+        compensations=tuple(section.compensation),
+        sizes=tuple(section.sizes),
+        allocations=tuple(section.allocations),
+        coarse_weights=tuple(section.coarse_weight),
+        bits=tuple(section.bits),
     )
 
 

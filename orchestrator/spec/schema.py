@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.mistakes import nearest
-from pruning import ALLOCATIONS, CRITERIA
+from orchestrator.units import parse_bytes
+from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_SEED = 2**31 - 1
@@ -109,6 +118,13 @@ def _schedule(value: Any) -> str | tuple[float, ...]:
     )
 
 
+def _size(value: Any) -> int:
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise PydanticCustomError("size", "{reason}", {"reason": str(error)}) from error
+
+
 def _is_ratio(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
@@ -120,6 +136,10 @@ Gpus = Annotated[float | None, PlainValidator(_gpus)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 Criterion = Annotated[str, _known("criterion", list(CRITERIA))]
+Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS))]
+Allocation = Annotated[str, _known("allocation", list(BUDGETED))]
+Bits = Annotated[str, _known("scheme", list(SCHEMES))]
+Size = Annotated[int, PlainValidator(_size)]
 ScheduleEntry = Annotated[str | tuple[float, ...], PlainValidator(_schedule)]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
@@ -210,20 +230,60 @@ class CalibrationSection(_Section):
     views: Annotated[list[Views], Listed, Field(min_length=1)] = [None]
     rays: Annotated[list[Count], Listed, Field(min_length=1)] = [1024]
     seeds: Annotated[list[Seed], Listed, Field(min_length=1)] = [0]
+    weighting: Annotated[
+        list[Literal["uniform", "render"]],
+        Listed,
+        Field(min_length=1, description="of samples: all alike, or by their render weights"),
+    ] = ["uniform"]
 
 
 class PruneSection(_Section):
-    """One grid of prunings: every combination is a trial."""
+    """One grid of prunings: every combination is a trial.
 
-    networks: Annotated[list[Literal["coarse", "fine", "both"]], Listed, Field(min_length=1)] = [
-        "both"
-    ]
-    criteria: Annotated[list[Criterion], Listed, Field(min_length=1)] = ["activation"]
-    ratios: Annotated[list[Ratio], Listed, Field(min_length=1)]
+    A grid removes fractions of the channels (`ratios`, spread by `schedules`) or prunes to the size
+    of the model file (`sizes`, shared out by `allocations`).
+    """
+
+    networks: Annotated[
+        list[Literal["coarse", "fine", "both", "shared"]],
+        Listed,
+        Field(min_length=1, description="`shared`: the fine one alone, for both passes"),
+    ] = ["both"]
+    criteria: Annotated[
+        list[Criterion], Listed, Field(min_length=1, description="`obs` by default with sizes")
+    ] = ["activation"]
+    ratios: Annotated[list[Ratio], Listed, Field(min_length=1)] = []
     schedules: Annotated[
         list[ScheduleEntry], BeforeValidator(listed_schedules), Field(min_length=1)
     ] = ["uniform"]
     calibration: CalibrationSection = CalibrationSection()
+    compensation: Annotated[
+        list[Compensation],
+        Listed,
+        Field(min_length=1, description="what replaces what was removed; `obs` with sizes"),
+    ] = ["none"]
+    sizes: Annotated[
+        list[Size], Listed, Field(min_length=1, description="bytes of the model file, e.g. 500kB")
+    ] = []
+    allocations: Annotated[
+        list[Allocation], Listed, Field(min_length=1, description="how a size is shared out")
+    ] = ["chain"]
+    coarse_weight: Annotated[
+        list[PositiveFloat],
+        Listed,
+        Field(min_length=1, description="how much errors of the coarse network count, with sizes"),
+    ] = [0.1]
+    bits: Annotated[
+        list[Bits], Listed, Field(min_length=1, description="how the file stores its weights")
+    ] = ["fp32"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _best_for_sizes(cls, data: Any) -> Any:
+        """A grid of sizes that says no more gets the best method known."""
+        if isinstance(data, dict) and "sizes" in data:
+            return {"criteria": "obs", "compensation": "obs", **data}
+        return data
 
 
 class EvaluateSection(_Section):

@@ -10,7 +10,8 @@ from nerf.scenes import SceneSettings
 from nerf.training import Recipe
 from orchestrator.keys import content_key
 
-NetworkScope = Literal["coarse", "fine", "both"]
+NetworkScope = Literal["coarse", "fine", "both", "shared"]
+Weighting = Literal["uniform", "render"]
 Schedule = str | tuple[float, ...]
 
 
@@ -22,24 +23,31 @@ class CalibrationAxes:
         views: numbers of training views; None stands for all of them.
         rays: numbers of rays a view.
         seeds: seeds that draw them.
+        weightings: how much each sample counts: all alike, or by its render weight.
     """
 
     views: tuple[int | None, ...] = (None,)
     rays: tuple[int, ...] = (1024,)
     seeds: tuple[int, ...] = (0,)
+    weightings: tuple[Weighting, ...] = ("uniform",)
 
 
 @dataclass(frozen=True)
 class PruneGrid:
-    """One grid of prunings: every combination of its axes is a trial.
+    """One grid of prunings, by `ratios` or to `sizes`: every combination of its axes is a trial.
 
     Attributes:
-        networks: which networks are pruned.
+        networks: which networks are pruned; ``shared`` is the fine one, used for both passes.
         criteria: names of scoring rules.
-        ratios: fractions of channels to remove, in [0, 1).
+        ratios: fractions of channels to remove, in [0, 1); empty in a grid of sizes.
         schedules: how a ratio is spread over the layers: a name, or one ratio a hidden layer
             (which stands for itself, whatever `ratios` says).
         calibration: the calibration sets.
+        compensations: what the readers of removed channels do.
+        sizes: of the model file in bytes; empty in a grid of ratios.
+        allocations: how a size is shared out among the layers.
+        coarse_weights: how much the errors of the coarse network count when a size is shared out.
+        bits: how the file stores its weights.
     """
 
     networks: tuple[NetworkScope, ...]
@@ -47,6 +55,11 @@ class PruneGrid:
     ratios: tuple[float, ...]
     schedules: tuple[Schedule, ...]
     calibration: CalibrationAxes
+    compensations: tuple[str, ...] = ("none",)
+    sizes: tuple[int, ...] = ()
+    allocations: tuple[str, ...] = ("chain",)
+    coarse_weights: tuple[float, ...] = (0.1,)
+    bits: tuple[str, ...] = ("fp32",)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.keys import content_key
-from orchestrator.results import Record
+from orchestrator.results import Record, method_of
 from orchestrator.store import Store
+from orchestrator.units import show_bytes
 
 HASH = "prunefield.sweep_hash"
 KIND = "prunefield.kind"
@@ -116,12 +117,13 @@ def child_tags(kind: str, key: str, training: str, info: SweepInfo, parent: str)
 
 def run_name(kind: str, key: str, config: Mapping[str, Any]) -> str:
     """What a person reads in the run list: ``activation both 50% uniform ab12cd34``."""
-    ratio = config.get("ratio")
+    ratio, size = config.get("ratio"), config.get("size")
     parts = [
         kind if kind == "training" else None,
-        config.get("criterion"),
+        method_of(config),
         config.get("networks"),
         f"{100 * ratio:g}%" if isinstance(ratio, int | float) else None,
+        show_bytes(size) if isinstance(size, int) else None,
         config.get("schedule"),
         key[:8],
     ]

@@ -1,0 +1,31 @@
+"""Sizes as people write them."""
+
+import re
+from typing import Any
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
+MAX_BYTES = 10**12
+ALLOWED = "allowed are a whole number of bytes from 1, or a number with kB, MB, KiB or MiB"
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes, from a whole number or a text such as ``500kB``, ``1.2 MB`` (10³, 10⁶) or ``2.5MiB``.
+
+    Raises:
+        ValueError: it is neither; the message says what is allowed.
+    """
+    found: float = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        found = value
+    elif isinstance(value, str):
+        parts = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", value)
+        if parts and parts[2].lower() in UNITS:
+            found = float(parts[1]) * UNITS[parts[2].lower()]
+    if not 1 <= found <= MAX_BYTES:
+        raise ValueError(ALLOWED)
+    return int(found)
+
+
+def show_bytes(n_bytes: int) -> str:
+    """Bytes for people, e.g. ``1,200 kB``; below 10 kB to the byte."""
+    return f"{n_bytes / 1000:,.0f} kB" if n_bytes >= 10_000 else f"{n_bytes:,} bytes"
