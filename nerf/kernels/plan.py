@@ -272,7 +272,7 @@ class Plan:
 
     # Weights into tiles.
 
-    def forward_tiles(self, weights: Mapping[str, Tensor], fill: float = 0.0) -> Tensor:
+    def forward_tiles(self, weights: Mapping[str, Tensor], fill: float | int = 0) -> Tensor:
         """Weight tiles of the forward chain, (tiles, 64, 64), zero (`fill`) where padded.
 
         Args:
@@ -290,7 +290,7 @@ class Plan:
                 tiles.append(_tiles(part, fill))
         return torch.cat(tiles)
 
-    def backward_tiles(self, weights: Mapping[str, Tensor], fill: float = 0.0) -> Tensor:
+    def backward_tiles(self, weights: Mapping[str, Tensor], fill: float | int = 0) -> Tensor:
         """Weight tiles of the backward chain (the transposed weights), (tiles, 64, 64)."""
         tiles = []
         for step in self.backward:
@@ -300,7 +300,7 @@ class Plan:
             tiles.append(_tiles(matrix.t(), fill))
         return torch.cat(tiles) if tiles else torch.empty(0, CHUNK, CHUNK)
 
-    def vector(self, weights: Mapping[str, Tensor], fill: float = 0.0) -> Tensor:
+    def vector(self, weights: Mapping[str, Tensor], fill: float | int = 0) -> Tensor:
         """Biases of the trunk and weights and biases of the heads, padded to chunks."""
         parts = [_padded(weights[f"{s.weight}.bias"], fill) for s in self.forward if s.kind != VIEW]
         parts.append(_padded(weights["density.weight"][0], fill))
