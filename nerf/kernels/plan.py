@@ -478,7 +478,7 @@ def plan_for(shape: FieldShape) -> Plan:
     return Plan(shape)
 
 
-def _tiles(matrix: Tensor, fill: float) -> Tensor:
+def _tiles(matrix: Tensor, fill: float | int) -> Tensor:
     """Cut (outputs, inputs) into tiles of 64 × 64, ordered by input chunk, then output chunk."""
     out_width, in_width = matrix.shape
     outs, ins = chunks(out_width), chunks(in_width)
@@ -487,5 +487,5 @@ def _tiles(matrix: Tensor, fill: float) -> Tensor:
     return whole.view(outs, CHUNK, ins, CHUNK).permute(2, 0, 1, 3).reshape(-1, CHUNK, CHUNK)
 
 
-def _padded(vector: Tensor, fill: float) -> Tensor:
+def _padded(vector: Tensor, fill: float | int) -> Tensor:
     return pad(vector, (0, chunks(len(vector)) * CHUNK - len(vector)), value=fill)
