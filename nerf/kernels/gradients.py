@@ -6,8 +6,8 @@ and a very long sum. The blocks of all layers are cut into pieces of equal cost,
 slot of its own and a second kernel adds the slots of a block in a fixed order. No atomics: the same
 inputs give the same gradients, bit for bit.
 
-Bias gradients are one more product, deltasᵀ × 1, of the tiles that are in shared memory anyway. A sum
-over registers (`tl.sum`) in the loop would be a reduction across warps at every step, and the
+Bias gradients are one more product, deltasᵀ × 1, of the tiles that are in shared memory anyway. A
+sum over registers (`tl.sum`) in the loop would be a reduction across warps at every step, and the
 compiler would give the deltas one buffer fewer than a product that is still running needs.
 """
 
