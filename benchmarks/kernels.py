@@ -34,7 +34,7 @@ IMAGE = 504 * 378 * 192  # evaluations of an image at 64 + 128 a ray
 START = time.time()
 VARIANTS = {
     "triton 128r 8w 3s": Launch(block=128, warps=8, stages=3),
-    "triton 128r 8w 2s": Launch(block=128, warps=8, stages=2),
+    "triton 128r 8w 3s 4g": Launch(block=128, warps=8, stages=3, gradient_stages=4),
     "hopper 2g 4s": HOPPER,
     "hopper 2g 3s": replace(HOPPER, stages=3, backward_stages=4, gradient_stages=3),
     "hopper 2g turns": replace(HOPPER, turns=True),
@@ -226,8 +226,9 @@ def train(launch: Launch) -> dict[str, float]:
             ("pack", field.pack),
             ("forward", forward),
             ("deltas", deltas),
-            ("weights", field.backward_weights),
-            ("sums", field.partial_sums),
+            ("products", field.partial_sums),
+            ("reduce", field.reduce),
+            ("unmerge", field.unmerge),
         ):
             found[f"{part} {name}"] = median_ms(graphed(run), 0.1)
 

@@ -5,6 +5,10 @@ and a very long sum. The blocks of all layers are cut into pieces of equal cost,
 (`Plan.work`), so that no multiprocessor waits for another; each piece leaves its partial sum in a
 slot of its own and a second kernel adds the slots of a block in a fixed order. No atomics: the same
 inputs give the same gradients, bit for bit.
+
+Bias gradients are one more product, deltasᵀ × 1, of the tiles that are in shared memory anyway. A
+sum over registers (`tl.sum`) in the loop would be a reduction across warps at every step, and the
+compiler would give the deltas one buffer fewer than a product that is still running needs.
 """
 
 import triton
@@ -15,6 +19,7 @@ WORK = tl.constexpr(8)
 OUT = tl.constexpr(128)  # rows of a block: 2 chunks of outputs
 IN = tl.constexpr(256)  # columns of a block: 4 chunks of inputs
 SLOT = tl.constexpr(128 * 257)
+BIAS = tl.constexpr(16)  # columns of ones, the fewest that a product takes
 
 
 @triton.jit
@@ -28,7 +33,8 @@ def _partial(
     delta_at = (delta + out // CHUNK).to(tl.int64) * chunk_rows * CHUNK + out % CHUNK
     source_at = (source + column // CHUNK).to(tl.int64) * chunk_rows * CHUNK + column % CHUNK
     total = tl.zeros((OUT, WIDTH), tl.float32)
-    bias = tl.zeros((OUT,), tl.float32)
+    bias = tl.zeros((OUT, BIAS), tl.float32)
+    ones = tl.full((ROWS, BIAS), 1.0, tl.float32).to(deltas.dtype.element_ty)
     for first in range(begin, end, ROWS):
         rows = (first + row).to(tl.int64) * CHUNK
         d = tl.load(
@@ -41,10 +47,11 @@ def _partial(
             mask=(column // CHUNK < sources)[None, :],
             other=0.0,
         )
-        total = tl.dot(tl.trans(d), h, total, input_precision="ieee")
-        bias += tl.sum(d.to(tl.float32), 0)
+        turned = tl.trans(d)
+        total = tl.dot(turned, h, total, input_precision="ieee")
+        bias = tl.dot(turned, ones, bias, input_precision="ieee")
     tl.store(slot + out[:, None] * IN + column[None, :], total)
-    tl.store(slot + OUT * IN + out, bias)
+    tl.store(slot + OUT * IN + out, tl.max(bias, 1))  # all its columns are the same
 
 
 @triton.jit

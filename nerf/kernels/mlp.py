@@ -366,12 +366,16 @@ class FusedField:
     def backward_weights(self) -> None:
         """Weight gradients from activations and deltas."""
         self.partial_sums()
+        self.reduce()
+        self.unmerge()
+
+    def reduce(self) -> None:
+        """Add up the partial sums of every gradient."""
         count = self.plan.extended
         gradients.reduce_gradients[(triton.cdiv(count, REDUCE_BLOCK),)](
             self.partials, self._gradient_index, self.slots, self.extended_gradients, count,
             BLOCK=REDUCE_BLOCK, num_warps=4,
         )  # fmt: skip
-        self._unmerge()
 
     def partial_sums(self) -> None:
         """The products of deltas and activations, before their reduction."""
@@ -387,7 +391,8 @@ class FusedField:
                 num_stages=launch.gradient_stages,
             )  # fmt: skip
 
-    def _unmerge(self) -> None:
+    @torch.no_grad()
+    def unmerge(self) -> None:
         """Gradients of feature and view from those of `mix` and of each ray's share."""
         weights, grads = self._weights, self._grads
         first, chunks = self.plan.delta_of["view"], self.plan.forward[-1].outputs

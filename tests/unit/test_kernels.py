@@ -26,9 +26,11 @@ import triton.language as tl
 
 from nerf.encoding import encode
 from nerf.field import Field, FieldShape
-from nerf.kernels import encode as encode_kernel
-from nerf.kernels import hopper_chain, hopper_gradients, mlp
-from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
+
+with triton_interpreter.unchecked_imports():
+    from nerf.kernels import encode as encode_kernel
+    from nerf.kernels import hopper_chain, hopper_gradients, mlp
+    from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
