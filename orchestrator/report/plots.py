@@ -5,6 +5,7 @@ uniform. Every plot exists for a light and a dark page.
 """
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,11 @@ def _dot(
     return Line2D([], [], ls="", marker=marker, ms=size, mec=color, mfc=face, label=label)
 
 
+LEGEND_INSIDE = 9
+LEGEND_COLUMNS = 2
+LEGEND_ROW_INCHES = 0.21
+
+
 def _legend(axes: Axes, data: ReportData, theme: Theme, extra: list[Line2D]) -> None:
     handles = [
         _dot(theme, _marker(series), _color(data, series, theme), series.label)
@@ -210,16 +216,26 @@ def _legend(axes: Axes, data: ReportData, theme: Theme, extra: list[Line2D]) -> 
     ]
     if any(not is_uniform(trial) for trial in data.done):
         handles.append(_dot(theme, "o", theme.ink, "schedule not uniform", size=9, hollow=True))
-    if handles or extra:
-        axes.legend(
-            handles=[*handles, *extra],
-            fontsize=8.5,
-            frameon=True,
-            framealpha=0.8,
-            facecolor=theme.paper,
-            edgecolor=theme.faint,
-            labelcolor=theme.ink,
-        )
+    entries = [*handles, *extra]
+    if not entries:
+        return
+    look = {
+        "fontsize": 8.5,
+        "frameon": True,
+        "framealpha": 0.8,
+        "facecolor": theme.paper,
+        "edgecolor": theme.faint,
+        "labelcolor": theme.ink,
+    }
+    if len(entries) <= LEGEND_INSIDE:
+        axes.legend(handles=entries, **look)
+        return
+    # Too many to cover the plot with: below it, and the figure grows by as much.
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    rows = math.ceil(len(entries) / LEGEND_COLUMNS)
+    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + LEGEND_ROW_INCHES * rows)
+    figure.legend(handles=entries, loc="outside lower center", ncols=LEGEND_COLUMNS, **look)
 
 
 def _figure(theme: Theme, size: tuple[float, float]) -> tuple[Figure, Axes]:
