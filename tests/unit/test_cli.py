@@ -314,9 +314,6 @@ def test_a_checkpoint_that_speaks_nonsense_of_its_scene_is_still_measured(
 
 # --- prune ---------------------------------------------------------------------------------------
 
-NO_GRADIENTS_YET = pytest.mark.xfail(
-    strict=True, reason="neither sweeps nor the command collect gradient statistics yet"
-)
 CALIBRATION = ("--calibration-views", 2, "--calibration-rays", 16)
 
 
@@ -325,10 +322,7 @@ CALIBRATION = ("--calibration-views", 2, "--calibration-rays", 16)
     [
         ("magnitude", "coarse"),
         ("activation", "fine"),
-        *(
-            pytest.param(name, "both", marks=[NO_GRADIENTS_YET] if rule.gradients else [])
-            for name, rule in CRITERIA.items()
-        ),
+        *((name, "both") for name, rule in CRITERIA.items() if not rule.gradients),
     ],
 )
 def test_prune_writes_a_physically_smaller_model(
@@ -355,6 +349,21 @@ def test_prune_writes_a_physically_smaller_model(
     assert info["scene"] == {"holdout": HOLDOUT, "ndc": True, "factor": None}
     assert model.samples == SampleCounts(8, 8)
     assert [p.name for p in out_file.parent.iterdir()] == [out_file.name]
+
+
+@pytest.mark.parametrize("criterion", [n for n, rule in CRITERIA.items() if rule.gradients])
+def test_prune_refuses_criteria_that_need_gradients_and_says_why(
+    run: Run, files: dict[str, Path], tmp_path: Path, criterion: str
+) -> None:
+    out_file = tmp_path / "small.safetensors"
+    status, _, complaints = run(
+        *("prune", files["model"], "--scene", files["scene"], "--ratio", 0.5, "-o", out_file),
+        *("--criterion", criterion, *CALIBRATION),
+    )
+    assert status == 1
+    assert criterion in complaints
+    assert "gradients" in complaints
+    assert not out_file.exists()
 
 
 def test_prune_also_speaks_to_people(run: Run, files: dict[str, Path], tmp_path: Path) -> None:
