@@ -119,7 +119,6 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
         ),
         lambda config: tune.PlacementGroupFactory([wanted[config["kind"]]]),
     )
-    store.prepare()
     scratch = tempfile.mkdtemp(prefix="tune.", dir=store.root / "tmp")
     try:
         # So many may start at once: otherwise lanes would start one after another.
