@@ -24,6 +24,7 @@ from nerf.graphs import StepGraph
 from nerf.metrics import psnr
 from nerf.rendering import RenderSettings, render_rays
 from nerf.scenes.scene import Scene
+from nerf.validation import training_pixels
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class Recipe:
         decay_iterations: see `decay`.
         density_noise: standard deviation of the noise added to the raw density.
         precision: arithmetic of the linear layers.
+        validation: fraction of the pixels of each training view that is never drawn, see
+            `nerf.validation`.
 
     Source: Mildenhall et al. 2020, section 5.3, with the numbers of its fern configuration.
     """
@@ -55,6 +58,7 @@ class Recipe:
     decay_iterations: int = 250_000
     density_noise: float = 1.0
     precision: Precision = "float32"
+    validation: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("iterations", "rays", "learning_rate", "decay", "decay_iterations"):
@@ -62,6 +66,8 @@ class Recipe:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
         if not self.density_noise >= 0:
             raise ValueError(f"density_noise must not be negative, got {self.density_noise!r}")
+        if not 0.0 <= self.validation < 1.0:
+            raise ValueError(f"validation must be a fraction in [0, 1), got {self.validation!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
 
@@ -90,9 +96,14 @@ class RayPool:
 
     An epoch is a seeded permutation of them, cut into whole batches; the few rays that are left
     over sit that epoch out. Iteration i takes the i-th batch.
+
+    Args:
+        scene: the scene.
+        device: where the rays are kept.
+        validation: fraction of the pixels of each view that is left out.
     """
 
-    def __init__(self, scene: Scene, device: torch.device) -> None:
+    def __init__(self, scene: Scene, device: torch.device, validation: float = 0.0) -> None:
         views = []
         for view in scene.train:
             pose = torch.as_tensor(scene.poses[view], dtype=torch.float32)
@@ -100,6 +111,10 @@ class RayPool:
         self.rays = Rays.concatenate(views)
         photos = torch.as_tensor(scene.images[list(scene.train)], dtype=torch.float32)
         self.colors = photos.reshape(-1, 3).to(device)
+        if validation > 0.0:
+            free = torch.cat([training_pixels(scene, validation, view) for view in scene.train])
+            left = free.nonzero().flatten().to(device)
+            self.rays, self.colors = self.rays[left], self.colors[left]
         self._order: tuple[tuple[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
@@ -149,7 +164,7 @@ class Trainer:
         self.settings = RenderSettings(scene.near, scene.far, scene.white_background)
         self._on_gpu = self.device.type == "cuda"
         self.model = NerfModel.create(shape, samples, seed).to(self.device)
-        self.pool = RayPool(scene, self.device)
+        self.pool = RayPool(scene, self.device, recipe.validation)
         self.iteration = 0
         self._parameters = [
             (f"{network}.{name}", parameter)

@@ -15,6 +15,7 @@ from nerf.field import Field, FieldShape, NerfModel
 from nerf.rendering import RenderSettings, evaluate_pass, fine_samples
 from nerf.sampling import stratified
 from nerf.scenes import Scene
+from nerf.validation import training_pixels
 from orchestrator.spec.sweep import Weighting
 from pruning import (
     CalibrationBatch,
@@ -96,6 +97,7 @@ def calibrate(
     moments: tuple[str, ...],
     prunable: Prunable = "trunk",
     weighting: Weighting = "uniform",
+    validation: float = 0.0,
 ) -> dict[str, NestedStatistics]:
     """Statistics of both networks over nested calibration sets, in one pass over each.
 
@@ -108,6 +110,7 @@ def calibrate(
         moments: what to collect.
         prunable: whose outputs to look at.
         weighting: how much each sample counts: all alike, or by its render weight.
+        validation: the fraction of pixels that the training left out; no set draws them either.
 
     Returns:
         By network; ``subset((views, rays))`` gives the statistics of one set.
@@ -116,7 +119,7 @@ def calibrate(
     return {
         name: collect(
             network_of(field, prunable),
-            calibration_batches(model, name, scene, wanted, seed, weighting),
+            calibration_batches(model, name, scene, wanted, seed, weighting, validation),
             moments,
         )
         for name, field in model.networks().items()
@@ -131,6 +134,7 @@ def calibration_batches(
     wanted: Iterable[Cell],
     seed: int,
     weighting: Weighting = "uniform",
+    validation: float = 0.0,
 ) -> Iterator[CalibrationBatch]:
     """The samples that one network sees on the calibration rays, without jitter or noise.
 
@@ -140,7 +144,7 @@ def calibration_batches(
     """
     field = model.networks()[network]
     settings = RenderSettings(scene.near, scene.far, scene.white_background)
-    for cell, rays in _ray_chunks(scene, wanted, seed, model.device):
+    for cell, rays in _ray_chunks(scene, wanted, seed, model.device, validation):
         t = stratified(len(rays), model.samples.coarse, scene.near, scene.far, None, model.device)
         if network == "fine":
             t = fine_samples(model, evaluate_pass(model.coarse, rays, t, settings))
@@ -160,7 +164,11 @@ def calibration_batches(
 
 
 def _ray_chunks(
-    scene: Scene, wanted: Iterable[Cell], seed: int, device: torch.device
+    scene: Scene,
+    wanted: Iterable[Cell],
+    seed: int,
+    device: torch.device,
+    validation: float = 0.0,
 ) -> Iterator[tuple[Cell, Rays]]:
     size = CUDA_RAYS if device.type == "cuda" else CPU_RAYS
     order = torch.randperm(len(scene.train), generator=torch.Generator().manual_seed(seed))
@@ -172,7 +180,9 @@ def _ray_chunks(
             view = scene.train[int(order[rank])]
             if view not in pixel_orders:
                 generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + view)
-                pixel_orders[view] = torch.randperm(pixels, generator=generator)
+                order_of_all = torch.randperm(pixels, generator=generator)
+                free = training_pixels(scene, validation, view)
+                pixel_orders[view] = order_of_all[free[order_of_all]]
             picked = pixel_orders[view][cell.start[1] : cell.stop[1]].to(device)
             pose = torch.as_tensor(scene.poses[view], dtype=torch.float32, device=device)
             parts.append(view_rays(scene.camera, pose, picked))

@@ -446,7 +446,7 @@ def _training_key(sweep: Sweep, fingerprint: str, recipe: Recipe, seed: int) -> 
             "scene": fingerprint,
             "shape": asdict(sweep.shape),
             "samples": asdict(sweep.samples),
-            "recipe": asdict(recipe),
+            "recipe": _without(asdict(recipe), validation=0.0),
             "seed": seed,
         }
     )

@@ -82,7 +82,8 @@ class Record:
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
             ``params``, ``params_coarse`` (not of a shared network), ``params_fine``,
             ``flops_per_ray``, ``render_seconds``
-            (mean of one held-out view), ``achieved_ratio``; trainings add ``train_seconds``,
+            (mean of one held-out view), ``achieved_ratio``, ``validation_mse`` and
+            ``validation_psnr`` (on the validation rays); trainings add ``train_seconds``,
             ``iterations``, ``train_psnr``.
         views: scores of each held-out view.
         widths: channels of each hidden layer, by network.

@@ -22,6 +22,7 @@ from nerf.field import NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, Trainer
+from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import as_one, calibrate, from_one, network_of
 from orchestrator.compress import (
     Compressed,
@@ -96,6 +97,8 @@ class Workbench:
         self._publish_shared = publish_shared
         self._scene: Scene | None = None
         self._held_out: HeldOut | None = None
+        self._validation: tuple[float, ValidationRays] | None = None
+        self._fractions: dict[str, float] = {}
         self._model: tuple[str, NerfModel] | None = None
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
 
@@ -117,6 +120,33 @@ class Workbench:
         if self._held_out is None:
             self._held_out = HeldOut(self.scene(), self.device, self.sweep.protocol.max_rays)
         return self._held_out
+
+    def validation(self, training: str) -> ValidationRays | None:
+        """The validation rays of a training, on the device; None if it has none."""
+        fraction = self._validation_fraction(training)
+        if fraction == 0.0:
+            return None
+        if self._validation is None or self._validation[0] != fraction:
+            most = self.sweep.protocol.max_rays
+            most = MAX_RAYS if most is None else min(MAX_RAYS, most * len(self.scene().train))
+            rays = ValidationRays(self.scene(), fraction, self.device, most)
+            self._validation = (fraction, rays)
+        return self._validation[1]
+
+    def _validation_fraction(self, training: str) -> float:
+        """Which fraction of the pixels a training left out, as its record says."""
+        if training not in self._fractions:
+            config = self.store.read_record("checkpoint", training).config
+            self._fractions[training] = float(config.get("validation", 0.0))
+        return self._fractions[training]
+
+    def _validated(self, training: str, model: NerfModel) -> dict[str, float]:
+        """Metrics of a model on the validation rays of its training; none where there are none."""
+        rays = self.validation(training)
+        if rays is None or len(rays) == 0:
+            return {}
+        score = rays.score(model, self.sweep.protocol.precision)
+        return {"validation_mse": score.mse, "validation_psnr": score.psnr}
 
     def model(self, training: str) -> NerfModel:
         """A trained model, on the device."""
@@ -146,6 +176,7 @@ class Workbench:
         with watch.during("evaluate"):
             model = self.model(training.key)
             evaluation = self.held_out().evaluate(model, self.sweep.protocol.precision)
+            validated = self._validated(training.key, model)
         checkpoint = self.store.read_record("checkpoint", training.key)
         record = Record(
             kind="training",
@@ -155,6 +186,7 @@ class Workbench:
             metrics={
                 **checkpoint.metrics,
                 **_scores(evaluation),
+                **validated,
                 **sizes(model, {}),
                 "size_bytes": self._file_size(training.key),
             },
@@ -281,6 +313,7 @@ class Workbench:
                 calibration.needs.moments,
                 calibration.needs.prunable,
                 calibration.weighting,
+                self._validation_fraction(calibration.training),
             )
         with watch.during("write"):
             for wanted, key in calibration.sets.items():
@@ -314,6 +347,7 @@ class Workbench:
                 small = compress(folder / MODEL, dense, config, statistics, info)
             with watch.during("evaluate"):
                 evaluation = held_out.evaluate(small.model, self.sweep.protocol.precision)
+                validated = self._validated(trial.training, small.model)
             with watch.during("write"):
                 self._write_renders(folder, evaluation, truth=False)
             record = Record(
@@ -323,6 +357,7 @@ class Workbench:
                 config=config.flat(),
                 metrics={
                     **_scores(evaluation),
+                    **validated,
                     **sizes(small.model, small.pruned),
                     "size_bytes": small.size,
                     "achieved_ratio": achieved_ratio(small.pruned),

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,14 @@ def prune(options: argparse.Namespace) -> int:
             )
         rays, needs = options.calibration_rays, config.needs
         nested = calibrate(
-            model, scene, [views], [rays], options.seed, needs.moments, needs.prunable
+            model,
+            scene,
+            [views],
+            [rays],
+            options.seed,
+            needs.moments,
+            needs.prunable,
+            validation=_validation(info),
         )
         statistics = {name: of.subset((views, rays)) for name, of in nested.items()}
         config = replace(config, calibration=CalibrationSet(views, rays, options.seed))
@@ -254,6 +262,13 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         )
     )
     return model.to(device), scene, info
+
+
+def _validation(info: Mapping[str, Any]) -> float:
+    """The fraction of pixels that a model's training left out, as its file says; else none."""
+    training = info.get("training")
+    value = training.get("validation", 0.0) if isinstance(training, dict) else 0.0
+    return value if isinstance(value, float) and 0.0 <= value < 1.0 else 0.0
 
 
 def _check_output(path: Path) -> None:

@@ -304,6 +304,7 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             decay_iterations=train.decay_iterations,
             density_noise=train.density_noise,
             precision=train.precision,
+            validation=train.validation,
         )
         for iterations, rays, rate in itertools.product(
             dict.fromkeys(train.iterations),
@@ -366,6 +367,8 @@ _LATER: dict[str, Any] = {
 
 
 def _without_later_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    if identity["train"]["validation"] == 0.0:
+        del identity["train"]["validation"]
     for grid in identity["prune"]:
         for name, default in _LATER.items():
             if grid[name] == default:

@@ -220,6 +220,10 @@ class TrainSection(_Section):
     decay_iterations: Count = 250_000
     density_noise: Annotated[Number, Field(ge=0)] = 1.0
     precision: PrecisionName = "float32"
+    validation: Annotated[
+        Ratio,
+        Field(description="fraction of the training views' pixels kept for validation alone"),
+    ] = 0.01
     network: NetworkSection = NetworkSection()
     samples: SamplesSection = SamplesSection()
 

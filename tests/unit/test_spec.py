@@ -447,6 +447,7 @@ def test_the_hash_ignores_comments_and_the_order_of_keys() -> None:
         {"train__decay_iterations": 7},
         {"train__density_noise": 0.5},
         {"train__precision": "bfloat16"},
+        {"train__validation": 0},
         {"train__network__width": 9},
         {"train__network__skip": 0},
         {"train__samples__fine": 5},

@@ -16,6 +16,7 @@ from nerf.errors import NerfError, TrainingError
 from nerf.evaluation import HeldOut
 from nerf.files import read_tensors
 from nerf.scenes import write_demo_scene
+from nerf.validation import ValidationRays
 from orchestrator import stages
 from orchestrator.errors import StoreError
 from orchestrator.plan import Plan, Training, Trial, make_plan
@@ -151,6 +152,48 @@ def test_a_trials_file_evaluates_to_the_recorded_scores(done: Done) -> None:
     for name in ("psnr", "mse", "ssim"):
         assert getattr(again, name) == record.metrics[name]
     assert [(v.view, v.psnr) for v in again.views] == [(v.view, v.psnr) for v in record.views]
+
+
+def test_dense_and_pruned_models_are_scored_on_the_same_validation_rays(done: Done) -> None:
+    bench, plan, store = done
+    (training,) = plan.trainings
+    rays = ValidationRays(bench.scene(), 0.01, torch.device("cpu"))
+    per_view = round(0.01 * bench.scene().camera.height * bench.scene().camera.width)
+    assert len(rays) == per_view * len(bench.scene().train) > 0
+    dense = store.read_record("training", training.result)
+    models = [(dense, store.folder("checkpoint", training.key))]
+    models += [(record, folder) for _, record, folder in trials_of(done)[:2]]
+    for record, folder in models:
+        score = rays.score(load_model(folder / MODEL)[0])
+        assert record.metrics["validation_mse"] == score.mse
+        assert record.metrics["validation_psnr"] == score.psnr
+
+
+def test_calibration_passes_the_validation_rays_over(
+    done: Done, scene_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        raise PruningError("seen enough")
+
+    monkeypatch.setattr(stages, "calibrate", spy)
+    _, _, store = done
+    bench, plan = bench_of(store, scene_folder, prune__0__calibration__seeds=5)
+    with pytest.raises(PruningError, match="seen enough"):
+        bench.calibrate(plan.calibrations[0], Stopwatch())
+    assert seen == [0.01]
+
+
+def test_a_training_without_validation_rays_has_no_such_score(
+    scene_folder: Path, tmp_path: Path
+) -> None:
+    bench, plan = bench_of(Store(tmp_path), scene_folder, train__validation=0, **QUICK)
+    drain(bench.train(plan.trainings[0], Stopwatch()))
+    metrics = bench.store.read_record("training", plan.trainings[0].result).metrics
+    assert "psnr" in metrics
+    assert not [name for name in metrics if name.startswith("validation")]
 
 
 def test_the_dense_record_is_that_of_its_checkpoint(done: Done) -> None:

@@ -179,6 +179,8 @@ EVALUATION = {"results", "trials"}
         ({"train__decay_iterations": 7}, TRAINING),
         ({"train__density_noise": 0.5}, TRAINING),
         ({"train__precision": "bfloat16"}, TRAINING),
+        ({"train__validation": 0.02}, TRAINING),
+        ({"train__validation": 0}, TRAINING),
         ({"train__seeds": 1}, TRAINING),
         ({"train__network__width": 9}, TRAINING),
         ({"train__network__depth": 4}, TRAINING),

@@ -467,6 +467,8 @@ def test_a_batch_larger_than_the_scene_is_the_whole_scene():
         ({"density_noise": -0.5}, "must not be negative, got -0.5"),
         ({"density_noise": math.nan}, "must not be negative, got nan"),
         ({"precision": "float16"}, "precision must be one of"),
+        ({"validation": 1.0}, "validation must be a fraction"),
+        ({"validation": math.nan}, "validation must be a fraction"),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(wrong, said, unchecked_types):
