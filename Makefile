@@ -2,6 +2,7 @@
 #
 #   make demo    run sweeps/demo.yaml end to end
 #   make test    run the tests
+#   make reference   write docs/sweep-file.md and its JSON Schema anew
 #   make check   lint, types, import contracts, tests: what CI runs
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types contracts format clean
+.PHONY: help demo test browser reference check lint types contracts format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -28,8 +29,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/prunefield run sweeps/demo.yaml
 
-test: $(STAMP)
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	    { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qqy chromium; } >/dev/null 2>&1 || \
+	    echo "no Chromium here: the tests of the report in a browser will be skipped"
+
+test: $(STAMP) browser
 	$(BIN)/python -m pytest
+
+reference: $(STAMP)
+	$(BIN)/prunefield schema --markdown -o docs/sweep-file.md
+	$(BIN)/prunefield schema -o docs/sweep.schema.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

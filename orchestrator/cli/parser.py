@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cli import models, sweeps
+from orchestrator.cli import analysis, models, sweeps
 from orchestrator.provenance import package_version
 from orchestrator.units import parse_bytes
 
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _sweep_commands(command)
     _model_commands(command)
+    analysis.add_commands(command)
     return parser
 
 

@@ -4,7 +4,7 @@ Every field has a description, so that the reference of the sweep file can be ma
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -44,6 +45,10 @@ def _known(kind: str, names: Sequence[str]) -> Any:
         )
 
     return PlainValidator(check)
+
+
+def _names(names: Iterable[str]) -> WithJsonSchema:
+    return WithJsonSchema({"enum": list(names)})
 
 
 def _number(value: Any) -> float:
@@ -129,18 +134,34 @@ def _is_ratio(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
 
+# What JSON Schema cannot take from the validators, for editors.
+_RATIO = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+_VIEWS = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_COUNT}, {"const": "all"}]}
+_GPUS = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1024}, {"const": "auto"}]}
+_SIZE = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmM][iI]?)?[bB]?\s*$"},
+    ]
+}
+_SCHEDULE = {
+    "anyOf": [{"enum": list(ALLOCATIONS)}, {"type": "array", "items": _RATIO, "minItems": 1}]
+}
+
 Listed = BeforeValidator(_listed)
-Ratio = Annotated[float, PlainValidator(_number)]
-Views = Annotated[int | None, PlainValidator(_views)]
-Gpus = Annotated[float | None, PlainValidator(_gpus)]
+Ratio = Annotated[float, PlainValidator(_number), WithJsonSchema(_RATIO)]
+Views = Annotated[int | None, PlainValidator(_views), WithJsonSchema(_VIEWS)]
+Gpus = Annotated[float | None, PlainValidator(_gpus), WithJsonSchema(_GPUS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
-Criterion = Annotated[str, _known("criterion", list(CRITERIA))]
-Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS))]
-Allocation = Annotated[str, _known("allocation", list(BUDGETED))]
-Bits = Annotated[str, _known("scheme", list(SCHEMES))]
-Size = Annotated[int, PlainValidator(_size)]
-ScheduleEntry = Annotated[str | tuple[float, ...], PlainValidator(_schedule)]
+Criterion = Annotated[str, _known("criterion", list(CRITERIA)), _names(CRITERIA)]
+Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS)), _names(COMPENSATIONS)]
+Allocation = Annotated[str, _known("allocation", list(BUDGETED)), _names(BUDGETED)]
+Bits = Annotated[str, _known("scheme", list(SCHEMES)), _names(SCHEMES)]
+Size = Annotated[int, PlainValidator(_size), WithJsonSchema(_SIZE)]
+ScheduleEntry = Annotated[
+    str | tuple[float, ...], PlainValidator(_schedule), WithJsonSchema(_SCHEDULE)
+]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
 Folder = Annotated[str, AfterValidator(_folder)]
@@ -172,8 +193,21 @@ class SceneSection(_Section):
         int,
         Field(ge=2, le=MAX_COUNT, strict=True, description="every n-th view is held out (LLFF)"),
     ] = 8
-    ndc: Annotated[bool | None, Field(strict=True, description="NDC rays")] = None
-    white_background: Annotated[bool | None, Field(strict=True, description="white behind")] = None
+    ndc: Annotated[
+        bool | None,
+        Field(
+            strict=True,
+            description="rays in normalised device coordinates; by default yes for forward-facing "
+            "scenes (LLFF, COLMAP, demo), no for Blender",
+        ),
+    ] = None
+    white_background: Annotated[
+        bool | None,
+        Field(
+            strict=True,
+            description="whether rays that hit nothing are white; by default for Blender only",
+        ),
+    ] = None
     half_resolution: Annotated[bool, Field(strict=True, description="half size (Blender)")] = False
     test_skip: Annotated[
         int, Field(ge=1, le=MAX_COUNT, strict=True, description="every n-th test view (Blender)")
@@ -198,42 +232,84 @@ class NetworkSection(_Section):
         int | None,
         Field(ge=1, le=4096, strict=True, description="view branch; half the width by default"),
     ] = None
-    point_octaves: Annotated[int, Field(ge=0, le=16, strict=True)] = 10
-    direction_octaves: Annotated[int, Field(ge=0, le=16, strict=True)] = 4
+    point_octaves: Annotated[
+        int, Field(ge=0, le=16, strict=True, description="frequencies of the encoding of points")
+    ] = 10
+    direction_octaves: Annotated[
+        int,
+        Field(
+            ge=0, le=16, strict=True, description="frequencies of the encoding of view directions"
+        ),
+    ] = 4
 
 
 class SamplesSection(_Section):
     """Samples a ray."""
 
-    coarse: Annotated[int, Field(ge=4, le=1024, strict=True)] = 64
-    fine: Annotated[int, Field(ge=1, le=1024, strict=True)] = 64
+    coarse: Annotated[
+        int, Field(ge=4, le=1024, strict=True, description="evenly spaced, seen by both networks")
+    ] = 64
+    fine: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1024,
+            strict=True,
+            description="placed by the coarse network, seen by the fine one",
+        ),
+    ] = 64
 
 
 class TrainSection(_Section):
     """How the NeRF is trained; lists fan out as a grid."""
 
-    iterations: Annotated[list[Count], Listed, Field(min_length=1)] = [200_000]
-    seeds: Annotated[list[Seed], Listed, Field(min_length=1)] = [0]
-    rays: Annotated[list[Count], Listed, Field(min_length=1)] = [1024]
-    learning_rate: Annotated[list[PositiveFloat], Listed, Field(min_length=1)] = [5e-4]
-    decay: PositiveFloat = 0.1
-    decay_iterations: Count = 250_000
-    density_noise: Annotated[Number, Field(ge=0)] = 1.0
-    precision: PrecisionName = "float32"
+    iterations: Annotated[list[Count], Listed, Field(min_length=1, description="steps of Adam")] = [
+        200_000
+    ]
+    seeds: Annotated[
+        list[Seed], Listed, Field(min_length=1, description="of the weights and the order of rays")
+    ] = [0]
+    rays: Annotated[list[Count], Listed, Field(min_length=1, description="rays a step")] = [1024]
+    learning_rate: Annotated[
+        list[PositiveFloat], Listed, Field(min_length=1, description="at the first step")
+    ] = [5e-4]
+    decay: Annotated[
+        PositiveFloat, Field(description="factor on the learning rate after `decay_iterations`")
+    ] = 0.1
+    decay_iterations: Annotated[
+        Count, Field(description="steps in which the learning rate falls by `decay`")
+    ] = 250_000
+    density_noise: Annotated[
+        Number,
+        Field(ge=0, description="standard deviation of the noise on densities while training"),
+    ] = 1.0
+    precision: Annotated[
+        PrecisionName, Field(description="arithmetic of the linear layers while training")
+    ] = "float32"
     validation: Annotated[
         Ratio,
         Field(description="fraction of the training views' pixels kept for validation alone"),
     ] = 0.01
-    network: NetworkSection = NetworkSection()
-    samples: SamplesSection = SamplesSection()
+    network: Annotated[NetworkSection, Field(description="widths before pruning")] = (
+        NetworkSection()
+    )
+    samples: Annotated[SamplesSection, Field(description="samples a ray")] = SamplesSection()
 
 
 class CalibrationSection(_Section):
     """The calibration set: seeded training rays; lists fan out as a grid."""
 
-    views: Annotated[list[Views], Listed, Field(min_length=1)] = [None]
-    rays: Annotated[list[Count], Listed, Field(min_length=1)] = [1024]
-    seeds: Annotated[list[Seed], Listed, Field(min_length=1)] = [0]
+    views: Annotated[
+        list[Views], Listed, Field(min_length=1, description="how many training views, or `all`")
+    ] = [None]
+    rays: Annotated[list[Count], Listed, Field(min_length=1, description="rays of each view")] = [
+        1024
+    ]
+    seeds: Annotated[
+        list[Seed],
+        Listed,
+        Field(min_length=1, description="draw views and rays; sets of one seed are nested"),
+    ] = [0]
     weighting: Annotated[
         list[Literal["uniform", "render"]],
         Listed,
@@ -251,16 +327,37 @@ class PruneSection(_Section):
     networks: Annotated[
         list[Literal["coarse", "fine", "both", "shared"]],
         Listed,
-        Field(min_length=1, description="`shared`: the fine one alone, for both passes"),
+        Field(
+            min_length=1,
+            description="which are pruned; `shared`: the fine one alone, for both passes",
+        ),
     ] = ["both"]
     criteria: Annotated[
-        list[Criterion], Listed, Field(min_length=1, description="`obs` by default with sizes")
+        list[Criterion],
+        Listed,
+        Field(min_length=1, description="which channels go first; `obs` by default with sizes"),
     ] = ["activation"]
-    ratios: Annotated[list[Ratio], Listed, Field(min_length=1)] = []
+    ratios: Annotated[
+        list[Ratio],
+        Listed,
+        Field(
+            min_length=1,
+            description="fractions of the channels to remove; a grid has `ratios` or `sizes`",
+        ),
+    ] = []
     schedules: Annotated[
-        list[ScheduleEntry], BeforeValidator(listed_schedules), Field(min_length=1)
+        list[ScheduleEntry],
+        BeforeValidator(listed_schedules),
+        Field(
+            min_length=1,
+            description="how a ratio is spread over the hidden layers: a name, or a list with one "
+            "ratio a layer",
+        ),
     ] = ["uniform"]
-    calibration: CalibrationSection = CalibrationSection()
+    calibration: Annotated[
+        CalibrationSection,
+        Field(description="the training rays that criteria and compensations look at"),
+    ] = CalibrationSection()
     compensation: Annotated[
         list[Compensation],
         Listed,
@@ -299,7 +396,9 @@ class EvaluateSection(_Section):
             ge=1, le=MAX_COUNT, strict=True, description="rays a view; whole pictures by default"
         ),
     ] = None
-    precision: PrecisionName = "float32"
+    precision: Annotated[
+        PrecisionName, Field(description="arithmetic of the linear layers while evaluating")
+    ] = "float32"
     renders: Annotated[
         int,
         Field(ge=0, le=MAX_COUNT, strict=True, description="held-out views kept as pictures"),
@@ -309,17 +408,38 @@ class EvaluateSection(_Section):
 class StageSection(_Section):
     """What one worker takes."""
 
-    cpus: Annotated[Number, Field(gt=0, le=1024)] | None = None
-    gpus: Gpus = None
+    cpus: Annotated[
+        Annotated[Number, Field(gt=0, le=1024)] | None,
+        Field(description="CPU cores; 2 for a training, 1 for a pruning by default"),
+    ] = None
+    gpus: Annotated[
+        Gpus,
+        Field(
+            description="GPUs or a fraction of one; `auto`: one for a training, a quarter for a "
+            "pruning, none where there is none"
+        ),
+    ] = None
 
 
 class ResourcesSection(_Section):
     """Where the work runs."""
 
-    train: StageSection = StageSection()
-    prune: StageSection = StageSection()
-    retries: Annotated[int, Field(ge=0, le=100, strict=True)] = 2
-    checkpoint_seconds: PositiveFloat = 30.0
+    train: Annotated[StageSection, Field(description="each training")] = StageSection()
+    prune: Annotated[StageSection, Field(description="each worker that calibrates and prunes")] = (
+        StageSection()
+    )
+    retries: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=100,
+            strict=True,
+            description="how often work is started again after its worker died",
+        ),
+    ] = 2
+    checkpoint_seconds: Annotated[
+        PositiveFloat, Field(description="how often a training saves its state")
+    ] = 30.0
 
 
 class TrackingSection(_Section):
@@ -328,7 +448,9 @@ class TrackingSection(_Section):
     uri: Annotated[str | None, Field(description="MLflow URI; SQLite in `storage` by default")] = (
         None
     )
-    experiment: Annotated[str, Field(min_length=1, max_length=200)] = "prunefield"
+    experiment: Annotated[
+        str, Field(min_length=1, max_length=200, description="name of the MLflow experiment")
+    ] = "prunefield"
 
 
 class ReportSection(_Section):
@@ -343,13 +465,25 @@ class ReportSection(_Section):
 class SweepFile(_Section):
     """A sweep file."""
 
-    name: Annotated[str, Field(pattern=NAME_PATTERN, description="of the sweep")]
-    description: str = ""
-    scene: SceneSection
-    train: TrainSection = TrainSection()
-    prune: Annotated[list[PruneSection], Listed, Field(min_length=1)]
-    evaluate: EvaluateSection = EvaluateSection()
-    resources: ResourcesSection = ResourcesSection()
-    tracking: TrackingSection = TrackingSection()
-    storage: Folder = "prunefield-out"
-    report: ReportSection = ReportSection()
+    name: Annotated[
+        str, Field(pattern=NAME_PATTERN, description="of the sweep, its report and its MLflow run")
+    ]
+    description: Annotated[str, Field(description="a sentence for people")] = ""
+    scene: Annotated[SceneSection, Field(description="which scene, and how it is read")]
+    train: Annotated[TrainSection, Field(description="how the NeRF is trained")] = TrainSection()
+    prune: Annotated[
+        list[PruneSection],
+        Listed,
+        Field(min_length=1, description="one grid of prunings, or a list of them"),
+    ]
+    evaluate: Annotated[EvaluateSection, Field(description="how models are measured")] = (
+        EvaluateSection()
+    )
+    resources: Annotated[ResourcesSection, Field(description="what each worker takes")] = (
+        ResourcesSection()
+    )
+    tracking: Annotated[TrackingSection, Field(description="where runs are logged")] = (
+        TrackingSection()
+    )
+    storage: Annotated[Folder, Field(description="folder of all results")] = "prunefield-out"
+    report: Annotated[ReportSection, Field(description="what the report shows")] = ReportSection()

@@ -37,6 +37,9 @@ COMMANDS = (
     "render",
     "fetch",
     "ui",
+    "pick",
+    "compare",
+    "schema",
 )
 HOLDOUT = 19  # of 20 views: two are held out
 # Square after the first layer and without a skip: what a nerf-pytorch .tar can hold.

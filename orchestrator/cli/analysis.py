@@ -1,0 +1,133 @@
+"""Commands that look at what sweeps found, and at the sweep file itself."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestratorError, SweepError
+from orchestrator.units import parse_bytes
+
+
+def add_commands(command: Callable[..., Any]) -> None:
+    """Add the commands of this module to the parser."""
+    picking = command(
+        "pick",
+        pick,
+        "say which model of a sweep to ship, and how to render it",
+        "prunefield pick sweeps/demo.yaml --max-size 300kB",
+    )
+    picking.add_argument("sweep", type=Path, help="sweep file")
+    add_rule(picking)
+    picking.add_argument("--json", action="store_true", help="as JSON")
+
+    comparing = command(
+        "compare",
+        compare,
+        "compare two sweeps, or two trials: what changed, which is ahead, by how much",
+        "prunefield compare sweeps/demo.yaml sweeps/fern.yaml",
+    )
+    for name in ("first", "second"):
+        comparing.add_argument(
+            name, help="sweep file, or FILE:ID for a trial (the first digits of its id are enough)"
+        )
+    comparing.add_argument("--json", action="store_true", help="as JSON")
+
+    schema_ = command(
+        "schema",
+        schema,
+        "print the JSON Schema of the sweep file, for editors, or its reference",
+        "prunefield schema -o sweep.schema.json",
+    )
+    schema_.add_argument("--markdown", action="store_true", help="the reference, as Markdown")
+    schema_.add_argument("-o", "--output", type=Path, metavar="FILE", help="file to write")
+
+
+def add_rule(parser: Any) -> None:
+    """Which model is asked for; the knee of the front by default."""
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument("--max-size", type=_size, metavar="BYTES", help="the best of at most this")
+    rule.add_argument("--min-psnr", type=float, metavar="DB", help="the smallest of at least this")
+    rule.add_argument(
+        "--knee", action="store_true", help="where more bytes stop paying (the default)"
+    )
+
+
+def pick(options: argparse.Namespace) -> int:
+    """Which model to ship."""
+    from orchestrator.pick import pick as choose
+
+    data, sweep, _ = _read(options.sweep)
+    chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path)
+    if options.json:
+        print(json.dumps(chosen.to_json(), indent=1))
+        return 0
+    print(chosen.sentence)
+    print(f"model:  {chosen.model}")
+    print(f"render: {chosen.render_command}")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Two sweeps or two trials side by side."""
+    from orchestrator.compare import compare_sweeps, compare_trials
+
+    sides = [_side(text) for text in (options.first, options.second)]
+    (first, first_sweep, one), (second, second_sweep, other) = sides
+    found: Any
+    if one is not None and other is not None:
+        found = compare_trials(one, other)
+    elif one is None and other is None:
+        found = compare_sweeps(first, second, (first_sweep.identity, second_sweep.identity))
+    else:
+        raise OrchestratorError("compare two sweeps, or two trials (FILE:ID), not one of each")
+    print(json.dumps(found.to_json(), indent=1) if options.json else found.table())
+    return 0
+
+
+def schema(options: argparse.Namespace) -> int:
+    """The sweep file's schema."""
+    from orchestrator.spec.reference import json_schema, reference
+
+    text = reference() if options.markdown else json.dumps(json_schema(), indent=1) + "\n"
+    if options.output is None:
+        print(text, end="")
+    else:
+        options.output.write_text(text)
+        print(options.output)
+    return 0
+
+
+def _read(path: Path) -> tuple[Any, Any, Any]:
+    """A sweep as its report shows it, the sweep, its store."""
+    from orchestrator.sweep import report_data, results_of
+
+    results, store = results_of(path)
+    return report_data(results, store), results.plan.sweep, store
+
+
+def _side(text: str) -> tuple[Any, Any, Any]:
+    """A sweep and, where the text names one, a record of it.
+
+    Raises:
+        SweepError: no record or several have an id that begins so.
+    """
+    path, _, wanted = text.rpartition(":") if not Path(text).is_file() else (text, "", "")
+    data, sweep, _ = _read(Path(path or text))
+    if not path or not wanted:
+        return data, sweep, None
+    found = [r for key, r in data.by_key.items() if key.startswith(wanted) and r.failure is None]
+    if len(found) != 1:
+        raise SweepError(
+            f"{len(found) or 'no'} result{'s' * (len(found) != 1)} of the sweep {data.name} "
+            f"begin with {wanted!r}; `prunefield front {path}` lists the ids"
+        )
+    return data, sweep, found[0]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error

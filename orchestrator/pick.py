@@ -1,0 +1,172 @@
+"""Which model of a sweep to ship: the answer to one question, with its reasons.
+
+Three questions: the best picture within a size, the smallest model with a picture that good, and
+the knee of the front, where more bytes stop paying. Candidates are the trials and the dense models.
+
+The **knee** is the point of the front that lies highest above the chord from its smallest to its
+largest point, sizes counted by their logarithm (from 100 kB to 200 kB is as far as from 1 MB to
+2 MB) and both axes scaled to [0, 1].
+
+Source: Satopää et al. 2011, "Finding a Kneedle in a Haystack", for the distance from the chord.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import pareto
+from orchestrator.errors import SweepError
+from orchestrator.pareto import Point
+from orchestrator.report.data import ReportData
+from orchestrator.results import Record, method_of
+from orchestrator.store import Store
+from orchestrator.units import show_bytes
+
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A model to ship.
+
+    Attributes:
+        record: the trial, or the training whose dense model it is.
+        dense: the dense model it comes from, where it was evaluated.
+        model: its file.
+        rule: the question that it answers, in words.
+        scene: folder of the scene it renders.
+        view: a held-out view to look at, None where there is none.
+    """
+
+    record: Record
+    dense: Record | None
+    model: Path
+    rule: str
+    scene: Path | None
+    view: int | None
+
+    @property
+    def render_command(self) -> str:
+        """The command that renders a held-out view with it."""
+        scene = "SCENE" if self.scene is None else str(self.scene)
+        view = 0 if self.view is None else self.view
+        return f"prunefield render {self.model} --scene {scene} --view {view} -o view_{view}.png"
+
+    @property
+    def sentence(self) -> str:
+        """The answer."""
+        metrics = self.record.metrics
+        what = f"{metrics['psnr']:.2f} dB at {show_bytes(int(metrics['size_bytes']))}"
+        if self.record.kind == "training":
+            return f"Ship the dense model {self.record.training}: {what} ({self.rule})."
+        text = f"Ship trial {self.record.key} ({_method(self.record)}): {what}"
+        if self.dense is not None:
+            loss = self.dense.metrics["psnr"] - metrics["psnr"]
+            times = self.dense.metrics["size_bytes"] / metrics["size_bytes"]
+            side = f"{loss:.2f} dB under" if loss >= 0 else f"{-loss:.2f} dB above"
+            text += f", {side} the dense model and {times:.1f} times smaller"
+        return f"{text} ({self.rule})."
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "id": self.record.key,
+            "kind": self.record.kind,
+            "training": self.record.training,
+            "rule": self.rule,
+            "sentence": self.sentence,
+            "model": str(self.model),
+            "render": self.render_command,
+            "configuration": dict(self.record.config),
+            "metrics": {k: v for k, v in self.record.metrics.items() if math.isfinite(v)},
+        }
+
+
+def pick(
+    data: ReportData,
+    max_size: int | None = None,
+    min_psnr: float | None = None,
+    scene: Path | None = None,
+) -> Pick:
+    """The model to ship: within a size, at least that good, or (neither given) at the knee.
+
+    Args:
+        data: the sweep.
+        max_size: the most bytes that the model file may have; the best picture within it wins.
+        min_psnr: the least PSNR in dB; the smallest model that reaches it wins.
+        scene: folder of the scene, for the command that renders.
+
+    Raises:
+        SweepError: no model fits; the message names the nearest.
+    """
+    models = pareto.points((*data.done, *(r for r in data.dense if r.failure is None)))
+    if not models:
+        raise SweepError(f"no model of the sweep {data.name} has a size and a PSNR yet")
+    if max_size is not None:
+        rule = f"the best within {show_bytes(max_size)}"
+        chosen = _best(
+            (p for p in models if p.size_bytes <= max_size),
+            lambda p: (-p.psnr, p.size_bytes, p.key),
+        )
+        nearest = min(models, key=lambda p: p.size_bytes)
+    elif min_psnr is not None:
+        rule = f"the smallest with at least {min_psnr:g} dB"
+        chosen = _best(
+            (p for p in models if p.psnr >= min_psnr), lambda p: (p.size_bytes, -p.psnr, p.key)
+        )
+        nearest = max(models, key=lambda p: p.psnr)
+    else:
+        rule = "the knee of the front of size and PSNR"
+        chosen = nearest = knee(pareto.front(models))
+    if chosen is None:
+        raise SweepError(
+            f"no model of the sweep {data.name} fits ({rule}); the nearest is {nearest.key} with "
+            f"{nearest.psnr:.2f} dB at {show_bytes(int(nearest.size_bytes))}"
+        )
+    record = data.by_key[chosen.key]
+    views = [score.view for score in record.views]
+    return Pick(
+        record=record,
+        dense=data.dense_of(record) if record.kind == "trial" else record,
+        model=model_file(data.store, record),
+        rule=rule,
+        scene=scene,
+        view=min(views, default=None),
+    )
+
+
+def knee(front: tuple[Point, ...]) -> Point:
+    """The point of a front (smallest first, at least one) where more bytes stop paying."""
+    sizes = [math.log(point.size_bytes) for point in front]
+    width, height = sizes[-1] - sizes[0], front[-1].psnr - front[0].psnr
+    if width <= 0 or height <= 0:
+        return front[0]
+    above = [
+        (point.psnr - front[0].psnr) / height - (size - sizes[0]) / width
+        for point, size in zip(front, sizes, strict=True)
+    ]
+    return front[above.index(max(above))]
+
+
+def model_file(store: Store, record: Record) -> Path:
+    """Where the model file of a trial, or of a training's dense model, is."""
+    if record.kind == "trial":
+        return store.folder("trial", record.key) / MODEL
+    return store.folder("checkpoint", record.training) / MODEL
+
+
+def _best(fitting: Iterable[Point], order: Callable[[Point], Any]) -> Point | None:
+    return min(fitting, key=order, default=None)
+
+
+def _method(record: Record) -> str:
+    config = record.config
+    ratio = config.get("ratio")
+    parts = [
+        method_of(config),
+        config.get("networks"),
+        f"{ratio:.0%} removed" if isinstance(ratio, int | float) and ratio else None,
+    ]
+    return ", ".join(str(part) for part in parts if part) or "?"
