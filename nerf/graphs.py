@@ -20,18 +20,24 @@ class StepGraph:
             whatever else it reads (weights, learning rate) is read anew at each replay.
         picked: numbers of some rays: their count is fixed.
         generator: random numbers the update draws; it goes on from replay to replay.
+        alone: whether no other thread may call CUDA meanwhile; NCCL's watchdog does.
 
     Raises:
         RuntimeError: the update does something that a graph cannot hold.
     """
 
     def __init__(
-        self, update: Update, picked: Int[Tensor, " rays"], generator: torch.Generator
+        self,
+        update: Update,
+        picked: Int[Tensor, " rays"],
+        generator: torch.Generator,
+        alone: bool = True,
     ) -> None:
         self._picked = picked.clone()
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(generator)
-        with torch.cuda.graph(self._graph):
+        mode = "global" if alone else "thread_local"
+        with torch.cuda.graph(self._graph, capture_error_mode=mode):
             self._result = update(self._picked)
 
     def __call__(self, picked: Int[Tensor, " rays"]) -> tuple[Tensor, Tensor]:

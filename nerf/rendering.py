@@ -104,7 +104,7 @@ def render_rays(
     model: NerfModel,
     rays: Rays,
     settings: RenderSettings,
-    generator: torch.Generator | None = None,
+    generator: sampling.Draws | None = None,
     noise_std: float = 0.0,
 ) -> tuple[Pass, Pass]:
     """Render rays with both networks.
@@ -125,7 +125,7 @@ def render_rays(
     def noise(t: Tensor) -> Tensor | None:
         if generator is None or noise_std == 0.0:
             return None
-        return torch.randn(t.shape, generator=generator, device=device) * noise_std
+        return sampling.normal(generator, len(t), t.shape[1], device) * noise_std
 
     t_coarse = sampling.stratified(
         len(rays),
@@ -143,7 +143,7 @@ def render_rays(
 
 
 def fine_samples(
-    model: NerfModel, coarse: Pass, generator: torch.Generator | None = None
+    model: NerfModel, coarse: Pass, generator: sampling.Draws | None = None
 ) -> Float[Tensor, "rays samples"]:
     """Where the fine network is evaluated: the coarse samples and the importance samples."""
     drawn = sampling.importance(coarse.t, coarse.render_weights, model.samples.fine, generator)

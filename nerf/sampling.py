@@ -4,9 +4,55 @@ Letters: t sample distances along a ray (in units of the ray direction's length)
 u random numbers in [0, 1); w render weights Tᵢαᵢ.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ShareOfDraws:
+    """Random numbers for some rays of a batch.
+
+    They are drawn for the whole batch and then cut, so that a ray has the same numbers however the
+    batch is shared out among processes.
+
+    Attributes:
+        generator: their source, in the same state in every process.
+        total: rays in the whole batch.
+        first: place in it of the first ray at hand.
+    """
+
+    generator: torch.Generator
+    total: int
+    first: int
+
+
+Draws = torch.Generator | ShareOfDraws
+"""Where random numbers come from."""
+
+
+def uniform(
+    draws: Draws, n_rays: int, n_samples: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "rays samples"]:
+    """Numbers in [0, 1), one row a ray."""
+    if isinstance(draws, torch.Generator):
+        return torch.rand(n_rays, n_samples, generator=draws, device=device, dtype=dtype)
+    whole = torch.rand(
+        draws.total, n_samples, generator=draws.generator, device=device, dtype=dtype
+    )
+    return whole[draws.first : draws.first + n_rays]
+
+
+def normal(
+    draws: Draws, n_rays: int, n_samples: int, device: torch.device
+) -> Float[Tensor, "rays samples"]:
+    """Standard normal numbers, one row a ray."""
+    if isinstance(draws, torch.Generator):
+        return torch.randn(n_rays, n_samples, generator=draws, device=device)
+    whole = torch.randn(draws.total, n_samples, generator=draws.generator, device=device)
+    return whole[draws.first : draws.first + n_rays]
 
 
 def stratified(
@@ -14,7 +60,7 @@ def stratified(
     n_samples: int,
     near: float,
     far: float,
-    generator: torch.Generator | None,
+    generator: Draws | None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "rays samples"]:
@@ -37,7 +83,7 @@ def stratified(
     mid = 0.5 * (t[1:] + t[:-1])
     upper = torch.cat((mid, t[-1:]))
     lower = torch.cat((t[:1], mid))
-    u = torch.rand(n_rays, n_samples, generator=generator, device=device, dtype=dtype)
+    u = uniform(generator, n_rays, n_samples, device, dtype)
     return lower + (upper - lower) * u
 
 
@@ -45,7 +91,7 @@ def importance(
     t: Float[Tensor, "rays coarse"],
     render_weights: Float[Tensor, "rays coarse"],
     n_samples: int,
-    generator: torch.Generator | None,
+    generator: Draws | None,
 ) -> Float[Tensor, "rays fine"]:
     """Samples drawn where the coarse pass found something: the inverse CDF of its weights.
 
@@ -68,7 +114,7 @@ def importance(
         u = torch.linspace(0.0, 1.0, n_samples, device=t.device, dtype=t.dtype)
         u = u.expand(len(t), n_samples)
     else:
-        u = torch.rand(len(t), n_samples, generator=generator, device=t.device, dtype=t.dtype)
+        u = uniform(generator, len(t), n_samples, t.device, t.dtype)
     above = torch.searchsorted(cdf, u.contiguous(), right=True)
     below = (above - 1).clamp(min=0)
     above = above.clamp(max=cdf.shape[-1] - 1)

@@ -23,7 +23,9 @@ from nerf.files import read_tensors, write_tensors
 from nerf.graphs import StepGraph
 from nerf.metrics import psnr
 from nerf.rendering import RenderSettings, render_rays
+from nerf.sampling import Draws, ShareOfDraws
 from nerf.scenes.scene import Scene
+from nerf.shares import Share
 from nerf.validation import training_pixels
 
 log = logging.getLogger(__name__)
@@ -157,8 +159,10 @@ class Trainer:
         seed: int,
         device: torch.device | None = None,
         backend: Backend = "auto",
+        share: Share | None = None,
     ) -> None:
         self.recipe = recipe
+        self._share = share
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.settings = RenderSettings(scene.near, scene.far, scene.white_background)
@@ -199,6 +203,8 @@ class Trainer:
     def step(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """One iteration; gives the coarse and the fine MSE without waiting for the device."""
         picked = self.pool.pick(self.seed, self.iteration, self.recipe.rays)
+        if self._share is not None:
+            picked = self._share.part(picked)
         for group in self._optimizer.param_groups:
             if self._on_gpu:
                 group["lr"].fill_(self.learning_rate())
@@ -219,7 +225,9 @@ class Trainer:
         torch.cuda.synchronize(self.device)
         random_state = self._generator.get_state()
         try:
-            self._graph = StepGraph(self._update, picked, self._generator)
+            self._graph = StepGraph(
+                self._update, picked, self._generator, alone=self._share is None
+            )
         except RuntimeError as error:
             # A failed capture leaves its generator unusable.
             self._generator = torch.Generator(self.device)
@@ -228,15 +236,30 @@ class Trainer:
 
     def _update(self, picked: Int[Tensor, " rays"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         rays, colors = self.pool.rays[picked], self.pool.colors[picked]
+        draws: Draws = self._generator
+        total = min(self.recipe.rays, len(self.pool))
+        if self._share is not None:
+            draws = ShareOfDraws(self._generator, total, self._share.bounds(total)[0])
         coarse, fine = render_rays(
-            self.model, rays, self.settings, self._generator, self.recipe.density_noise
+            self.model, rays, self.settings, draws, self.recipe.density_noise
         )
         coarse_mse = (coarse.rgb - colors).square().mean()
         fine_mse = (fine.rgb - colors).square().mean()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._share is None:
+            (coarse_mse + fine_mse).backward()
+            self._optimizer.step()
+            return coarse_mse.detach(), fine_mse.detach()
+        # The mean over the whole batch is the sum of the parts' means, each by its rays.
+        part = len(rays) / total
+        coarse_mse, fine_mse = coarse_mse * part, fine_mse * part
         (coarse_mse + fine_mse).backward()
+        coarse_mse, fine_mse = self._share.sum_up(
+            [parameter for _, parameter in self._parameters],
+            (coarse_mse.detach(), fine_mse.detach()),
+        )
         self._optimizer.step()
-        return coarse_mse.detach(), fine_mse.detach()
+        return coarse_mse, fine_mse
 
     def advance(self, iterations: int) -> Progress:
         """Run some iterations (fewer when the recipe ends before).

@@ -20,6 +20,7 @@ from nerf.errors import CheckpointError
 from nerf.evaluation import Evaluation, HeldOut, error_map, write_picture
 from nerf.field import NerfModel
 from nerf.files import read_tensors, write_tensors
+from nerf.parallel import ParallelTrainer, train_devices
 from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
@@ -48,6 +49,7 @@ HISTORY = "history.json"
 REPORT_SECONDS = 1.0
 BYTES_PER_PARAMETER = 4
 
+AnyTrainer = Trainer | ParallelTrainer
 Update = dict[str, Any]
 Shared = Mapping[str, Any]
 
@@ -201,16 +203,25 @@ class Workbench:
             self.store.write_record(folder, record)
 
     def _train_model(self, training: Training, scene: Scene, watch: Stopwatch) -> Iterator[Update]:
+        with self._trainer(training, scene) as trainer:
+            yield from self._advance(trainer, training, watch)
+
+    @contextmanager
+    def _trainer(self, training: Training, scene: Scene) -> Iterator[AnyTrainer]:
+        """A trainer on this worker's GPU, or on all of them."""
+        what = (scene, self.sweep.shape, self.sweep.samples, training.recipe, training.seed)
+        gpus = int(self.sweep.resources.train.gpus or 1)
+        if gpus > 1:
+            with ParallelTrainer(*what, train_devices(gpus)) as trainer:
+                yield trainer
+        else:
+            yield Trainer(*what, self.device)
+
+    def _advance(
+        self, trainer: AnyTrainer, training: Training, watch: Stopwatch
+    ) -> Iterator[Update]:
         running = self.store.running(training.key)
         state, history_file = running / STATE, running / HISTORY
-        trainer = Trainer(
-            scene,
-            self.sweep.shape,
-            self.sweep.samples,
-            training.recipe,
-            training.seed,
-            self.device,
-        )
         history: list[dict[str, float]] = []
         spent = 0.0
         if state.is_file():
@@ -242,7 +253,7 @@ class Workbench:
         self.store.remove_running(training.key)
 
     def _go_on(
-        self, trainer: Trainer, state: Path, history_file: Path
+        self, trainer: AnyTrainer, state: Path, history_file: Path
     ) -> tuple[list[dict[str, float]], float]:
         try:
             trainer.load(state)
@@ -259,7 +270,7 @@ class Workbench:
         self,
         folder: Path,
         training: Training,
-        trainer: Trainer,
+        trainer: AnyTrainer,
         history: list[dict[str, float]],
         spent: float,
     ) -> None:

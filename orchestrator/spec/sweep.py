@@ -84,7 +84,7 @@ class StageResources:
     Attributes:
         cpus: CPU cores.
         gpus: GPUs, or a fraction of one; None takes one where the cluster has GPUs (a quarter for
-            prunings) and none elsewhere.
+            prunings) and none elsewhere. A training on several shares every batch out among them.
     """
 
     cpus: float

@@ -462,3 +462,26 @@ def test_another_protocol_evaluates_the_same_model_again(done: Done, scene_folde
     quick = store.read_record("training", training.result)
     assert quick.training == plan.trainings[0].key
     assert replace(quick, key="").config == plan.trainings[0].config
+
+
+def test_a_training_on_two_devices_leaves_the_same_kind_of_checkpoint(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: Done
+) -> None:
+    """`resources.train.gpus: 2` asks for two devices, and changes neither key nor result."""
+    asked: list[int] = []
+
+    def two_processes(count: int) -> list[torch.device]:
+        asked.append(count)
+        return [torch.device("cpu")] * count
+
+    monkeypatch.setattr(stages, "train_devices", two_processes)
+    store = Store(tmp_path / "out")
+    bench, plan = bench_of(store, scene_folder, resources__train={"gpus": 2})
+    training = plan.trainings[0]
+    drain(bench.train(training, Stopwatch()))
+    assert asked == [2]
+    alone, together = done[2], store
+    assert training.key == done[1].trainings[0].key
+    for name, weights in load_file(alone.folder("checkpoint", training.key) / MODEL).items():
+        shared = load_file(together.folder("checkpoint", training.key) / MODEL)[name]
+        torch.testing.assert_close(shared, weights, rtol=1e-3, atol=2e-5)
