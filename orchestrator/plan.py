@@ -259,7 +259,7 @@ class Plan:
             "calibrations": count(self.calibrations),
             "trials": {**count(self.trials), "combinations": self.combinations},
             "resources": asdict(self.sweep.resources),
-            "storage": str(self.sweep.storage),
+            "storage": self.sweep.storage,
         }
 
 

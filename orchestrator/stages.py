@@ -39,7 +39,7 @@ from orchestrator.plan import Calibration, Training, Trial, TrialConfig
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Record, ViewScore
 from orchestrator.spec import Sweep
-from orchestrator.store import Store
+from orchestrator.store import Held, Store
 from pruning import Pruned, Statistics, prune
 
 MODEL = "model.safetensors"
@@ -47,6 +47,7 @@ STATE = "state.safetensors"
 STATISTICS = "statistics.safetensors"
 HISTORY = "history.json"
 REPORT_SECONDS = 1.0
+WAIT_SECONDS = 1.0
 BYTES_PER_PARAMETER = 4
 
 AnyTrainer = Trainer | ParallelTrainer
@@ -162,7 +163,7 @@ class Workbench:
         if self._statistics is None or self._statistics[0] != key:
             tensors: Shared | None = self._find_shared(key)
             if tensors is None:
-                tensors = read_tensors(self.store.folder("statistics", key) / STATISTICS)[0]
+                tensors = read_tensors(self.store.file("statistics", key, STATISTICS))[0]
                 self._publish_shared(key, {n: t.numpy() for n, t in tensors.items()})
             self._statistics = (key, from_one(tensors))
         return self._statistics[1]
@@ -173,8 +174,16 @@ class Workbench:
         """Train one NeRF (or go on where an earlier attempt stopped) and evaluate it, dense."""
         with watch.during("load"):
             scene = self.scene()
-        if not self.store.has("checkpoint", training.key):
-            yield from self._train_model(training, scene, watch)
+        while not self.store.has("checkpoint", training.key):
+            what = f"training {training.key} of sweep {self.sweep.name}"
+            lease = self.store.lease(f"training-{training.key}", what)
+            if isinstance(lease, Held):  # another sweep wants the same model and trains it already
+                yield {"waiting": str(lease)}
+                time.sleep(WAIT_SECONDS)
+                continue
+            with lease:
+                if not self.store.has("checkpoint", training.key):
+                    yield from self._train_model(training, scene, watch)
         with watch.during("evaluate"):
             model = self.model(training.key)
             evaluation = self.held_out().evaluate(model, self.sweep.protocol.precision)
@@ -230,6 +239,7 @@ class Workbench:
         def save() -> None:
             trainer.save(state)
             history_file.write_text(json.dumps({"seconds": spent, "points": history}))
+            self.store.save_running(training.key)
 
         saved = time.monotonic()
         step = 10
@@ -304,7 +314,7 @@ class Workbench:
         self.store.write_record(folder, record)
 
     def _file_size(self, training: str) -> int:
-        return (self.store.folder("checkpoint", training) / MODEL).stat().st_size
+        return self.store.file("checkpoint", training, MODEL).stat().st_size
 
     # --- calibrate -------------------------------------------------------------------------
 

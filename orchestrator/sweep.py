@@ -1,6 +1,7 @@
 """The story of a sweep: read this first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from orchestrator.report import ReportData, ReportFiles, write_report
 from orchestrator.results import Record
 from orchestrator.scheduler import Outcome, execute
 from orchestrator.spec import Sweep, load
-from orchestrator.store import Store
+from orchestrator.store import Held, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
 from orchestrator.tracking.listener import TrackingListener
 
@@ -42,6 +43,7 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
 
     Raises:
         SpecError, SceneError, ClusterError, TrackingError, StoreError: before anything ran.
+        SweepError: another process runs it already.
         KeyboardInterrupt: it was interrupted; what was finished is kept, logged and reported.
     """
     sweep, store = open_sweep(path)
@@ -50,6 +52,7 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
     origin = Origin.here()
     show = progress or Progress()
     with (
+        alone(sweep, store),
         TrackingLogger(
             sweep.tracking.uri, sweep.tracking.experiment, sweep_info(plan, origin), store
         ) as tracking,
@@ -67,6 +70,24 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
         if outcome.interrupted:
             raise KeyboardInterrupt
     return Finished(results, data, report, outcome)
+
+
+@contextmanager
+def alone(sweep: Sweep, store: Store) -> Iterator[None]:
+    """Keep a sweep to one driver for the time of a block.
+
+    Raises:
+        SweepError: another process runs it.
+    """
+    lease = store.lease(lease_of(sweep.name, sweep.hash), f"sweep {sweep.name}")
+    if isinstance(lease, Held):
+        raise SweepError(
+            f"sweep {sweep.name!r} is being run already, by {lease}. Wait for it; or end it there "
+            "and run again, which goes on from what is finished. If it has died on another "
+            f"machine, running again is possible in {lease.left:.0f} s"
+        )
+    with lease:
+        yield
 
 
 # --- the steps -------------------------------------------------------------------------------
@@ -112,16 +133,17 @@ class Results:
 def collect(plan: Plan, store: Store) -> Results:
     """Read every record of a sweep that the store holds."""
     have = {kind: store.keys(kind) for kind in ("training", "trial")}
+    known_failures = store.failed_keys()
     failed = []
 
     def records(kind: str, keys: Iterable[str]) -> tuple[Record, ...]:
-        found = []
+        found: list[str] = []
         for key in keys:
             if key in have[kind]:
-                found.append(store.read_record(kind, key))
-            elif failure := store.read_failure(key):
+                found.append(key)
+            elif key in known_failures and (failure := store.read_failure(key)):
                 failed.append(failure)
-        return tuple(found)
+        return tuple(store.read_records(kind, found))
 
     trainings = records("training", [t.result for t in plan.trainings])
     trials = records("trial", [t.key for t in plan.trials])
@@ -139,7 +161,7 @@ def results_of(path: Path | str) -> tuple[Results, Store]:
     results = collect(make_plan(sweep, store), store)
     if not results.trials and not results.trainings:
         raise SweepError(
-            f"sweep {sweep.name!r} has no results in {store.root} yet; "
+            f"sweep {sweep.name!r} has no results in {store.address} yet; "
             f"run it first: prunefield run {path}"
         )
     return results, store
@@ -189,3 +211,8 @@ def report_data(results: Results, store: Store) -> ReportData:
 def report_folder(sweep: Sweep, store: Store) -> Path:
     """Where the report of a sweep goes by default."""
     return store.root / "sweeps" / f"{sweep.name}-{sweep.hash}" / "report"
+
+
+def lease_of(name: str, digest: str) -> str:
+    """Name of the lease of whoever runs a sweep."""
+    return f"sweep-{name}-{digest}"

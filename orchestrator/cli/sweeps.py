@@ -24,7 +24,7 @@ def plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(summary, indent=1))
         return 0
-    print(f"sweep {sweep.name} ({sweep.hash}), storage {store.root}")
+    print(f"sweep {sweep.name} ({sweep.hash}), storage {store.address}")
     for what in ("trainings", "calibrations", "trials"):
         count = summary[what]
         print(f"  {what:<13} {count['total']:>7,}   {count['cached']:,} done already")

@@ -347,7 +347,7 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             checkpoint_seconds=resources.checkpoint_seconds,
         ),
         tracking=TrackingSettings(**parsed.tracking.model_dump()),
-        storage=Path(parsed.storage).expanduser(),
+        storage=parsed.storage,
         report=ReportSettings(
             ratios=None if parsed.report.ratios is None else tuple(parsed.report.ratios),
             reference_psnr=parsed.report.reference_psnr,

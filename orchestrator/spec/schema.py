@@ -4,6 +4,7 @@ Every field has a description, so that the reference of the sweep file can be ma
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,10 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_SEED = 2**31 - 1
 MAX_COUNT = 10**9
 MAX_LAYERS = 64
+# Of a prefix, only what needs no escaping anywhere.
+BUCKET_ADDRESS = re.compile(
+    r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[A-Za-z0-9._=+-]+)*/?"
+)
 
 
 def _listed(value: Any) -> Any:
@@ -75,6 +80,16 @@ def _folder(value: str) -> str:
         ) from error
     if not value or "\0" in value:
         raise PydanticCustomError("folder", "the path of a folder belongs here")
+    return value
+
+
+def _storage(value: str) -> str:
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        return _folder(value)
+    if not BUCKET_ADDRESS.fullmatch(value):
+        raise PydanticCustomError(
+            "storage", "allowed are a folder, s3://BUCKET and s3://BUCKET/PREFIX"
+        )
     return value
 
 
@@ -165,6 +180,7 @@ ScheduleEntry = Annotated[
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
 Folder = Annotated[str, AfterValidator(_folder)]
+Storage = Annotated[str, AfterValidator(_storage)]
 PrecisionName = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -485,5 +501,7 @@ class SweepFile(_Section):
     tracking: Annotated[TrackingSection, Field(description="where runs are logged")] = (
         TrackingSection()
     )
-    storage: Annotated[Folder, Field(description="folder of all results")] = "prunefield-out"
+    storage: Annotated[
+        Storage, Field(description="where results are kept: a folder, or s3://BUCKET/PREFIX")
+    ] = "prunefield-out"
     report: Annotated[ReportSection, Field(description="what the report shows")] = ReportSection()

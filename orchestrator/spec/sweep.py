@@ -152,7 +152,7 @@ class Sweep:
         protocol: how models are evaluated.
         resources: where the work runs.
         tracking: where it is logged.
-        storage: the storage folder.
+        storage: where results are kept: a folder, or ``s3://bucket/prefix``.
         report: what the report shows.
         identity: canonical data of all that decides the results.
     """
@@ -170,7 +170,7 @@ class Sweep:
     protocol: Protocol
     resources: Resources
     tracking: TrackingSettings
-    storage: Path
+    storage: str
     report: ReportSettings
     identity: dict[str, Any]
 

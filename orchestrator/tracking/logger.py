@@ -153,11 +153,11 @@ class TrackingLogger:
         if self._unlogged:
             log.warning(
                 "%d item%s could not be logged to the tracking store (%s). Nothing is lost: the "
-                "storage folder %s has every result; run the sweep again to log what is missing.",
+                "storage %s has every result; run the sweep again to log what is missing.",
                 len(self._unlogged),
                 "s" * (len(self._unlogged) != 1),
                 "; ".join(self.unlogged[:3]) + "; …" * (len(self._unlogged) > 3),
-                self.store.root,
+                self.store.address,
             )
 
     # --- the thread ------------------------------------------------------------------------

@@ -215,12 +215,8 @@ class RunWriter:
 
     def _write_model(self, record: Record, run_id: str) -> str | None:
         dense = record.kind == "training"
-        folder = (
-            self.store.folder("checkpoint", record.training)
-            if dense
-            else self.store.folder("trial", record.key)
-        )
-        path = folder / MODEL_FILE
+        entry = ("checkpoint", record.training) if dense else ("trial", record.key)
+        path = self.store.file(*entry, MODEL_FILE)
         if not path.is_file():
             return None
         model = self.client.create_logged_model(

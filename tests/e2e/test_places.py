@@ -1,0 +1,68 @@
+"""The same sweep with its results in a bucket, and its runs in PostgreSQL."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import main
+from orchestrator.store import Store
+from tests.services import KEYS, make_bucket, s3_server
+
+pytestmark = [
+    pytest.mark.e2e,
+    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
+]
+
+WriteSweep = Callable[..., Path]
+
+
+def test_a_sweep_whose_results_are_in_a_bucket(
+    write_sweep: WriteSweep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with s3_server() as endpoint:
+        make_bucket(endpoint, "sweeps")
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path / "first"))
+        path = write_sweep(storage="s3://sweeps/tiny")
+        assert main(["run", str(path)]) == 0
+        assert KEYS["AWS_SECRET_ACCESS_KEY"] not in capsys.readouterr().out
+
+        # Another machine, with nothing of its own: everything is in the bucket, nothing runs.
+        monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path / "second"))
+        assert main(["plan", str(path), "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["trials"] == {"total": 6, "cached": 6, "combinations": 8}
+        assert plan["trainings"] == {"total": 1, "cached": 1}
+        assert main(["front", str(path), "--json"]) == 0
+        front = json.loads(capsys.readouterr().out)["front"]
+        store = Store("s3://sweeps/tiny")
+        assert {row["id"] for row in front} <= store.keys("trial")
+        for key in store.keys("trial"):
+            store.verified_file("trial", key, "model.safetensors")
+        assert store._backend.names("running") == set()
+        assert store._backend.names("leases") == set()
+
+        # The secret is in no file that the run left behind.
+        secret = KEYS["AWS_SECRET_ACCESS_KEY"].encode()
+        written = [p for p in tmp_path.rglob("*") if p.is_file()]
+        assert written
+        assert not [p for p in written if secret in p.read_bytes()]
+
+    # The bucket cannot be reached: a clear error.
+    assert main(["run", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "cannot read the storage s3://sweeps/tiny" in said
+    assert "Traceback" not in said
+    assert Counter(p.name for p in tmp_path.iterdir())["prunefield-out"] == 0
