@@ -64,7 +64,10 @@ def _contents(
         "info": dict(info),
     }
     if packed is not None:
-        schemes = {network: of.scheme for network, of in packed.items()}
+        schemes = {
+            network: of.scheme if isinstance(of.scheme, str) else list(of.scheme)
+            for network, of in packed.items()
+        }
         return {network: of.row() for network, of in packed.items()}, metadata | {
             "schemes": schemes
         }
@@ -122,7 +125,9 @@ def _shape(description: Any) -> FieldShape:
     return FieldShape(**{**description, "trunk": tuple(description["trunk"])})
 
 
-def _unpacked(description: Any, scheme: str, row: Tensor) -> Field:
+def _unpacked(description: Any, scheme: str | list[str], row: Tensor) -> Field:
+    if not isinstance(scheme, str | list) or not all(isinstance(s, str) for s in scheme):
+        raise CheckpointError(f"weights stored as {scheme!r}, which is no name of a scheme")
     return Packed.from_row(_shape(description), scheme, row).field()
 
 

@@ -1,13 +1,16 @@
-"""From a pruned model to its file, and to the size that a file may have.
+"""From a dense model to a pruned one and its file, of whatever size that has or may have.
 
-`pruning.shrink` keeps to a budget of weights; a file also has a header, scales and checksums. What
-they take is measured on the dense model's own file, whose header is never the shorter one.
+`pruning` keeps to a budget of weights; a file also has a header, scales and checksums, and its
+codes are shorter than their bits. What all that takes is measured on the file itself, and the
+budget corrected until the file fits.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict
 
 from nerf.checkpoints import load_model, model_size, save_model
 from nerf.field import NerfModel
@@ -15,17 +18,92 @@ from nerf.packing import Packed
 from orchestrator.bridge import field_of, network_of
 from orchestrator.plan import TrialConfig
 from pruning import (
+    BUDGETED,
+    SCHEMES,
+    Balance,
     Budget,
     BudgetError,
+    CalibrationBatch,
+    Network,
+    OutputWeights,
+    Price,
     Pruned,
+    Ranking,
     Statistics,
+    StatisticsError,
+    collect,
     cost_of,
+    curvature_weights,
+    cut,
     price_of,
+    prune,
     quantize,
+    rank,
+    select,
     shrink,
+    sparsify,
 )
 
-ATTEMPTS = 2
+ATTEMPTS = 6
+FULL = 0.995
+"""A file that uses so much of its size is not searched for a better one."""
+
+SPARSE_FLOATS = {"fp32": "sparse32", "fp16": "sparse16"}
+
+
+class Weighing(TypedDict, total=False):
+    """How `pruning.rank` weighs errors."""
+
+    output_weights: Mapping[str, OutputWeights]
+    balance: Balance
+
+
+class Reduced(Protocol):
+    """What was done to one network: `pruning.Pruned`, `pruning.Sparsified`."""
+
+    @property
+    def network(self) -> Network:
+        """The smaller network."""
+
+    @property
+    def nonzero_parameters(self) -> int:
+        """By the report's count."""
+
+    @property
+    def removed(self) -> int:
+        """Channels (or weights) that went."""
+
+    @property
+    def total(self) -> int:
+        """Of how many."""
+
+    @property
+    def ratio(self) -> float:
+        """The first over the second."""
+
+
+Samples = Callable[[str], Iterable[CalibrationBatch]]
+"""The calibration samples of a network by its name; they can be gone through again and again."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a pruning may look at beside the dense model.
+
+    Attributes:
+        statistics: calibration statistics of the dense networks, by name.
+        samples: calibration samples by network.
+        rankings: what `pruning.rank` gave before, by what it depends on: trials that differ in
+            their budget share it.
+    """
+
+    statistics: Mapping[str, Statistics] | None = None
+    samples: Samples | None = None
+    rankings: dict[Any, Ranking] = field(default_factory=dict)
+
+    def batches(self, names: Iterable[str]) -> dict[str, Iterable[CalibrationBatch]]:
+        """The calibration samples of some networks; empty where there are none."""
+        return {} if self.samples is None else {name: self.samples(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -39,8 +117,54 @@ class Compressed:
     """
 
     model: NerfModel
-    pruned: Mapping[str, Pruned]
+    pruned: Mapping[str, Reduced]
     size: int
+
+
+def compress(
+    path: Path,
+    dense: NerfModel,
+    config: TrialConfig,
+    material: Material,
+    info: Mapping[str, Any],
+) -> Compressed:
+    """Prune a model as a trial says and write its file.
+
+    Args:
+        path: the file.
+        dense: the model; it is not changed.
+        config: what is pruned, and how.
+        material: what the method may look at.
+        info: kept in the file.
+
+    Returns:
+        The model as its file holds it: few-bit weights are read back before they are measured.
+
+    Raises:
+        BudgetError: no network is small enough for the file's size.
+    """
+    if config.size is not None:
+        return _shrink_to_file(path, dense, config, material, info)
+    if config.mask is not None:
+        model, masked = mask_model(dense, config, material.statistics)
+        return _written(path, model, masked, config, material, info)
+    if config.errors == "pixel":
+        model, pruned = _prune_by_pixels(dense, config, material)
+    else:
+        model, pruned = prune_model(
+            dense,
+            config.networks,
+            config.criterion,
+            config.layer_ratios,
+            material.statistics,
+            config.seed,
+            config.compensation,
+            material.batches(scope_of(config.networks)),
+        )
+    return _written(path, model, pruned, config, material, info)
+
+
+# --- the model ---------------------------------------------------------------------------------
 
 
 def scope_of(scope: str) -> tuple[str, ...]:
@@ -48,7 +172,7 @@ def scope_of(scope: str) -> tuple[str, ...]:
     return {"both": ("coarse", "fine"), "shared": ("fine",)}.get(scope, (scope,))
 
 
-def with_fields(dense: NerfModel, scope: str, pruned: Mapping[str, Pruned]) -> NerfModel:
+def with_fields(dense: NerfModel, scope: str, pruned: Mapping[str, Reduced]) -> NerfModel:
     """The model with the pruned networks in their places; `shared` puts the fine one in both."""
     fields = dense.networks()
     for name, of in pruned.items():
@@ -58,79 +182,251 @@ def with_fields(dense: NerfModel, scope: str, pruned: Mapping[str, Pruned]) -> N
     return NerfModel(fields["coarse"], fields["fine"], dense.samples)
 
 
-def write_model(path: Path, model: NerfModel, bits: str, info: Mapping[str, Any]) -> int:
-    """Write a model with its weights stored as a scheme says; gives the file's size."""
-    return save_model(path, model, info, packed(model, bits))
+def prune_model(
+    dense: NerfModel,
+    scope: str,
+    criterion: str,
+    layer_ratios: tuple[float, ...],
+    statistics: Mapping[str, Statistics] | None,
+    seed: int | None,
+    compensation: str = "none",
+    batches: Mapping[str, Iterable[CalibrationBatch]] | None = None,
+) -> tuple[NerfModel, dict[str, Pruned]]:
+    """Prune the networks of a model that a scope names; the others stay as they are.
+
+    Args:
+        dense: the model; it is not changed.
+        scope: ``coarse``, ``fine``, ``both``, or ``shared``: the fine one, used for both passes.
+        criterion: scoring rule.
+        layer_ratios: requested fraction of each hidden layer.
+        statistics: calibration statistics by network, where the criterion needs them.
+        seed: where the criterion needs one.
+        compensation: what the readers of removed channels do.
+        batches: calibration samples by network, where the compensation needs them.
+
+    Returns:
+        The physically smaller model, and what was done to each pruned network.
+    """
+    fields = dense.networks()
+    # Layers of both networks have the same names: without its own seed, the random criterion would
+    # remove the same channels from both.
+    seeds = {name: None if seed is None else 2 * seed + i for i, name in enumerate(fields)}
+    pruned = {
+        name: prune(
+            network_of(fields[name]),
+            layer_ratios,
+            criterion,
+            None if statistics is None else statistics[name],
+            seeds[name],
+            compensation=compensation,
+            batches=(batches or {}).get(name),
+        )
+        for name in scope_of(scope)
+    }
+    return with_fields(dense, scope, pruned), pruned
 
 
-def read_back(path: Path, model: NerfModel, bits: str) -> NerfModel:
-    """The model as its file holds it, where that is not the model itself."""
-    return model if bits == "fp32" else load_model(path)[0].to(model.device)
+def _prune_by_pixels(
+    dense: NerfModel, config: TrialConfig, material: Material
+) -> tuple[NerfModel, dict[str, Pruned]]:
+    """Remove channels in the order of elimination paths that weigh the pixel's errors."""
+    fields = dense.networks()
+    networks = {name: network_of(fields[name]) for name in scope_of(config.networks)}
+    ranking = rank(
+        networks,
+        material.statistics or {},
+        criterion=config.criterion,
+        **_weighing(networks, config, material),
+    )
+    keep = {
+        name: select(
+            {layer: path.ranks() for layer, path in of_network.items()},
+            dict(zip(networks[name].graph.prunable(), config.layer_ratios, strict=True)),
+        )
+        for name, of_network in (ranking.paths or {}).items()
+    }
+    pruned = cut(
+        networks, keep, config.compensation, material.statistics, material.batches(networks)
+    )
+    return with_fields(dense, config.networks, pruned), pruned
 
 
-def shrink_to_file(
+def mask_model(
+    dense: NerfModel, config: TrialConfig, statistics: Mapping[str, Statistics] | None
+) -> tuple[NerfModel, dict[str, Reduced]]:
+    """Set single weights of a model to zero; its shape stays."""
+    if config.mask is None:
+        raise ValueError("a pruning of channels has no mask")
+    fields = dense.networks()
+    masked: dict[str, Reduced] = {
+        name: sparsify(
+            network_of(fields[name]),
+            config.mask,
+            config.criterion,
+            None if statistics is None else statistics[name],
+        )
+        for name in scope_of(config.networks)
+    }
+    return with_fields(dense, config.networks, masked), masked
+
+
+# --- a file of a size --------------------------------------------------------------------------
+
+
+def _shrink_to_file(
     path: Path,
     dense: NerfModel,
     config: TrialConfig,
-    statistics: Mapping[str, Statistics] | None,
+    material: Material,
     info: Mapping[str, Any],
 ) -> Compressed:
-    """Prune a model so far that its file has at most `config.size` bytes, and write it.
-
-    Args:
-        path: the file.
-        dense: the model; it is not changed.
-        config: the networks, the size and the method.
-        statistics: calibration statistics by network, where the method needs them.
-        info: kept in the file.
-
-    Raises:
-        BudgetError: no network is small enough for that file.
-    """
+    """Prune a model so far that its file has at most `config.size` bytes, and write it."""
     if config.size is None:
         raise ValueError("a pruning by ratios has no size to keep to")
     fields = dense.networks()
-    networks = {name: network_of(fields[name], "all") for name in scope_of(config.networks)}
+    names = scope_of(config.networks)
+    networks = {name: network_of(fields[name], "all") for name in names}
     widths = {
         name: {layer: network.width(layer) for layer in network.graph.prunable()}
         for name, network in networks.items()
     }
+    ranking = _ranking(networks, config, material)
     whole = with_fields(dense, config.networks, {})
-    price = price_of(config.bits)
-    everything = model_size(whole, info, packed(whole, config.bits))
+    price, everything = _price_in_files(whole, config.bits, info)
     fixed = everything - cost_of(networks, Budget(0, price), widths)
+    best: tuple[int, NerfModel, dict[str, Packed] | None, dict[str, Pruned]] | None = None
+    size, before, budget = everything, None, float(config.size) - fixed
     for _ in range(ATTEMPTS):
         try:
             pruned = shrink(
                 networks,
-                statistics or {},
-                Budget(config.size - fixed, price),
+                material.statistics or {},
+                Budget(budget, price),
                 criterion=config.criterion,
                 allocation=config.schedule,
                 compensation=config.compensation,
                 error_weights={}
                 if config.coarse_weight is None
                 else {"coarse": config.coarse_weight, "fine": 1.0},
-                seed=config.seed,
+                ranking=ranking,
+                batches=material.batches(names),
             )
         except BudgetError as error:
+            if best is not None:
+                break
             raise BudgetError(
-                f"a file of {config.size:,} bytes is too small: {fixed:,.0f} bytes of it are not "
-                f"the pruned weights; {error}"
+                f"a file of {config.size:,} bytes is too small: {config.size - budget:,.0f} bytes "
+                f"of it are not the pruned weights; {error}"
             ) from error
         model = with_fields(dense, config.networks, pruned)
-        size = write_model(path, model, config.bits, info)
-        if size <= config.size:
-            return Compressed(read_back(path, model, config.bits), pruned, size)
-        fixed += size - config.size
-    raise BudgetError(f"the file has {size:,} bytes where {config.size:,} are allowed")
+        few = packed(model, config.bits, material.samples, config.mask is not None)
+        size = model_size(model, info, few)
+        if size <= config.size and (best is None or size > best[0]):
+            best = size, model, few, pruned
+        kept = {name: p.achieved for name, p in pruned.items()}
+        nothing_gone = all(not p.removed for p in pruned.values())
+        if best is not None and (best[0] >= FULL * config.size or nothing_gone or kept == before):
+            break
+        before = kept
+        budget += (config.size - size) * (1.0 if size > config.size else 0.9)
+    if best is None:
+        raise BudgetError(f"the file has {size:,} bytes where {config.size:,} are allowed")
+    size, model, few, pruned = best
+    save_model(path, model, info, few)
+    return Compressed(_read_back(path, model, config.bits), pruned, size)
 
 
-def packed(model: NerfModel, bits: str) -> dict[str, Packed] | None:
-    """The stored networks in few bits, per output channel; None for plain float32."""
-    if bits == "fp32":
-        return None
-    return {
-        name: Packed(field.shape, bits, quantize(network_of(field), bits).tensors())
-        for name, field in model.stored().items()
+def _price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tuple[Price, int]:
+    """What a weight takes in a file, coded, by the dense model's own file; and its size.
+
+    Its rounding is the plain one of so many bits: what it looks at costs time and saves no bytes.
+    """
+    price, scheme = price_of(bits), SCHEMES[bits].stored_as
+    if scheme == "fp32":
+        return price, model_size(whole, info)
+    few = {
+        name: Packed(of.shape, scheme, quantize(network_of(of), scheme).tensors())
+        for name, of in whole.stored().items()
     }
+    saved = sum(len(p.row(entropy=False)) - len(p.row()) for p in few.values())
+    weights = sum(spec.in_width * spec.out_width for p in few.values() for spec in p.shape.layers())
+    return replace(price, weight=price.weight - saved / weights), model_size(whole, info, few)
+
+
+def _ranking(networks: Mapping[str, Network], config: TrialConfig, material: Material) -> Ranking:
+    """How channels rank; the same for every budget, so it is kept."""
+    paths = BUDGETED[config.schedule].needs_paths
+    key = config.calibration, (*networks,), config.criterion, config.errors, config.seed, paths
+    if key not in material.rankings:
+        material.rankings[key] = rank(
+            networks,
+            material.statistics or {},
+            criterion=config.criterion,
+            allocation=config.schedule,
+            seed=config.seed,
+            **_weighing(networks, config, material),
+        )
+    return material.rankings[key]
+
+
+def _weighing(networks: Mapping[str, Network], config: TrialConfig, material: Material) -> Weighing:
+    """Whose errors are weighed: those of a layer's readers, or the pixel's."""
+    if config.errors == "layer" or material.statistics is None:
+        return {}
+    statistics = material.statistics
+    weights = {name: curvature_weights(n, statistics[name]) for name, n in networks.items()}
+    return {"output_weights": weights, "balance": "none"}
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def _written(
+    path: Path,
+    model: NerfModel,
+    pruned: Mapping[str, Reduced],
+    config: TrialConfig,
+    material: Material,
+    info: Mapping[str, Any],
+) -> Compressed:
+    """Write a model as it is and read it back."""
+    size = save_model(
+        path, model, info, packed(model, config.bits, material.samples, config.mask is not None)
+    )
+    return Compressed(_read_back(path, model, config.bits), pruned, size)
+
+
+def _read_back(path: Path, model: NerfModel, bits: str) -> NerfModel:
+    """The model as its file holds it, where that is not the model itself."""
+    return model if bits == "fp32" else load_model(path)[0].to(model.device)
+
+
+def packed(
+    model: NerfModel, bits: str, samples: Samples | None = None, sparse: bool = False
+) -> dict[str, Packed] | None:
+    """The stored networks in few bits; None for plain float32.
+
+    Args:
+        model: the networks.
+        bits: a name in `pruning.SCHEMES`.
+        samples: calibration samples by network, for schemes that look at them.
+        sparse: whether weights of 0 are left out where the scheme is a float.
+
+    Raises:
+        StatisticsError: the scheme needs samples and there are none.
+    """
+    if bits == "fp32" and not sparse:
+        return None
+    scheme, few = SCHEMES[bits], {}
+    stored = SPARSE_FLOATS.get(bits, bits) if sparse else scheme.stored_as
+    for name, of in model.stored().items():
+        network, statistics = network_of(of), None
+        if scheme.needs_statistics:
+            if samples is None:
+                raise StatisticsError(
+                    f"bits {bits!r} look at what the pruned network computes; give samples"
+                )
+            cells = collect(network, samples(name), ("gram",)).cells
+            statistics = reduce(add, cells.values())
+        few[name] = Packed(of.shape, stored, quantize(network, bits, statistics).tensors())
+    return few

@@ -6,8 +6,8 @@ two sweeps that want the same training share it, and what the store holds is nev
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -18,13 +18,17 @@ from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
 from orchestrator.spec import PruneGrid, Sweep, place_of
-from orchestrator.spec.sweep import NetworkScope, Schedule, Weighting
+from orchestrator.spec.sweep import Errors, NetworkScope, Schedule, Weighting
 from orchestrator.store import Store
 from pruning import (
     ALLOCATIONS,
     BUDGETED,
     COMPENSATIONS,
     CRITERIA,
+    GRADIENT_MOMENTS,
+    SCHEMES,
+    SPARSE,
+    gradients_for,
     moments_for,
     moments_for_budget,
 )
@@ -69,7 +73,8 @@ class CalibrationSet:
     """A calibration set: so many rays of so many training views, drawn by a seed.
 
     Sets of one seed are nested: a smaller one is the beginning of a larger one. Their samples count
-    alike (``uniform``) or by their render weights (``render``).
+    alike (``uniform``) or by their render weights (``render``); or more rays are drawn where the
+    photos have detail (``detail``).
     """
 
     views: int
@@ -98,6 +103,13 @@ class Needs:
         prunable: Prunable = "all" if "all" in (self.prunable, other.prunable) else "trunk"
         return Needs(tuple(sorted({*self.moments, *other.moments})), prunable)
 
+    @property
+    def group(self) -> str:
+        """What costs more than a pass forward has a pass of its own: it stays with those trials."""
+        if {*self.moments} & {*GRADIENT_MOMENTS}:
+            return "gradients"
+        return "sensitivity" if "sensitivity" in self.moments else ""
+
     def identity(self) -> dict[str, Any]:
         """What goes into keys; settings at their default are left out."""
         return _without(asdict(self), moments=("mean",), prunable="trunk")
@@ -114,6 +126,7 @@ class Calibration:
         cached: whether the store holds all of them.
         weighting: of the samples.
         needs: what is collected.
+        group: tells apart passes of one seed and weighting, see `Needs.group`.
     """
 
     training: str
@@ -122,24 +135,25 @@ class Calibration:
     cached: bool
     weighting: Weighting = "uniform"
     needs: Needs = Needs()
+    group: str = ""
 
     @property
     def key(self) -> str:
         """Names this pass among the others of a plan."""
         suffix = "" if self.weighting == "uniform" else f"-{self.weighting}"
-        return f"{self.training}-{self.seed}{suffix}"
+        return f"{self.training}-{self.seed}{suffix}{self.group and '-'}{self.group}"
 
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """One pruning, by ratios or to a size.
+    """One pruning: by ratios, to a size, or of single weights.
 
     Attributes:
         networks: which networks are pruned.
-        criterion: scoring rule.
-        ratio: requested fraction of channels removed, the mean over layers; None with a size.
-        schedule: name of the allocation, of a ratio or of a size, or "explicit".
-        layer_ratios: requested fraction of each hidden layer; empty with a size.
+        criterion: scoring rule; with a mask, of single weights.
+        ratio: requested fraction of channels removed, the mean over layers; None otherwise.
+        schedule: name of the allocation, of a ratio or of a size, or "explicit", or "mask".
+        layer_ratios: requested fraction of each hidden layer; empty with a size or a mask.
         calibration: the calibration set; None where nothing looks at data.
         seed: of the criterion; None where it draws nothing.
         compensation: what the readers of removed channels do.
@@ -147,6 +161,9 @@ class TrialConfig:
         coarse_weight: how much the errors of the coarse network count; None where they are not
             weighed against those of the fine one.
         bits: how the file stores its weights.
+        mask: fraction of the single weights of each layer to set to 0, or a pattern such as 2:4;
+            None where whole channels are removed.
+        errors: whether the errors that are weighed are those of a layer's readers or the pixel's.
     """
 
     networks: NetworkScope
@@ -160,14 +177,31 @@ class TrialConfig:
     size: int | None = None
     coarse_weight: float | None = None
     bits: str = "fp32"
+    mask: float | str | None = None
+    errors: Errors = "layer"
 
     @property
     def needs(self) -> Needs:
-        """What it reads of its calibration set."""
+        """What its statistics must hold."""
+        if self.mask is not None:
+            return Needs(SPARSE[self.criterion].moments)
+        gradients = {*gradients_for([self.criterion])}
+        if self.errors == "pixel":
+            gradients.add("curvature")
         if self.size is None:
-            return Needs(moments_for([self.criterion], [self.compensation]))
+            moments = moments_for([self.criterion], [self.compensation])
+            return Needs(tuple(sorted({*moments, *gradients})))
         moments = moments_for_budget(self.criterion, self.schedule, self.compensation)
-        return Needs(moments, "all")
+        return Needs(tuple(sorted({*moments, *gradients})), "all")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at a calibration set: its statistics, or its samples themselves."""
+        return (
+            bool(self.needs.moments)
+            or COMPENSATIONS[self.compensation].needs_batches
+            or SCHEMES[self.bits].needs_statistics
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -177,8 +211,18 @@ class TrialConfig:
             "size": self.size,
             "coarse_weight": self.coarse_weight,
             "bits": self.bits,
+            "mask": self.mask,
+            "errors": self.errors,
         }
-        return _without(later, compensation="none", size=None, coarse_weight=None, bits="fp32")
+        return _without(
+            later,
+            compensation="none",
+            size=None,
+            coarse_weight=None,
+            bits="fp32",
+            mask=None,
+            errors="layer",
+        )
 
     def flat(self) -> dict[str, Any]:
         """Flat configuration for records and MLflow; what does not apply is left out."""
@@ -193,8 +237,13 @@ class TrialConfig:
         if self.size is not None:
             del flat["ratio"]
             flat |= {"size": self.size, "allocation": self.schedule}
+        if self.mask is not None:
+            del flat["ratio"]
+            flat["mask"] = self.mask
         if self.coarse_weight is not None:
             flat["coarse_weight"] = self.coarse_weight
+        if self.errors != "layer":
+            flat["errors"] = self.errors
         if self.calibration is not None:
             flat["calibration_views"] = self.calibration.views
             flat["calibration_rays"] = self.calibration.rays
@@ -294,16 +343,16 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
         for config in configs:
             statistics = None
             if config.calibration is not None:
-                which = _pass_of(config.calibration)
+                if not config.needs.moments:
+                    trials.append(_trial(sweep, key, None, config, have["trial"]))
+                    continue
+                which = _pass_of(config)
                 of_pass = sets.setdefault(which, {})
                 statistics = of_pass.get(config.calibration)
                 if statistics is None:
                     statistics = _statistics_key(key, config.calibration, needs[which])
                     of_pass[config.calibration] = statistics
-            trial_key = _trial_key(sweep, key, config)
-            trials.append(
-                Trial(trial_key, key, statistics, config, cached=trial_key in have["trial"])
-            )
+            trials.append(_trial(sweep, key, statistics, config, have["trial"]))
         calibrations += [
             Calibration(
                 key,
@@ -312,6 +361,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
                 all(k in have["statistics"] for k in keys.values()),
                 which[1],
                 needs[which],
+                which[2],
             )
             for which, keys in sets.items()
         ]
@@ -340,20 +390,34 @@ def _check_views(sweep: Sweep, view_count: int) -> None:
         raise SpecError(str(sweep.source), mistakes)
 
 
-Pass = tuple[int, Weighting]
-"""What calibration sets share one pass: the seed that draws them and how samples count."""
+Pass = tuple[int, Weighting, str]
+"""What calibration sets share one pass: the seed that draws them, how samples count, and a group
+of moments."""
 
 
-def _pass_of(wanted: CalibrationSet) -> Pass:
-    return wanted.seed, wanted.weighting
+def _pass_of(config: TrialConfig) -> Pass:
+    if config.calibration is None:
+        raise ValueError("a trial without a calibration set belongs to no pass")
+    return config.calibration.seed, config.calibration.weighting, config.needs.group
+
+
+def _trial(
+    sweep: Sweep,
+    training: str,
+    statistics: str | None,
+    config: TrialConfig,
+    have: Collection[str],
+) -> Trial:
+    key = _trial_key(sweep, training, config)
+    return Trial(key, training, statistics, config, cached=key in have)
 
 
 def _needs_of_passes(configs: Iterable[TrialConfig]) -> dict[Pass, Needs]:
     """What each pass must collect to serve every trial that uses it."""
     needs: dict[Pass, list[Needs]] = {}
     for config in configs:
-        if config.calibration is not None:
-            needs.setdefault(_pass_of(config.calibration), []).append(config.needs)
+        if config.calibration is not None and config.needs.moments:
+            needs.setdefault(_pass_of(config), []).append(config.needs)
     return {which: reduce(or_, wanted) for which, wanted in needs.items()}
 
 
@@ -366,6 +430,7 @@ class _Target:
     layer_ratios: tuple[float, ...] = ()
     size: int | None = None
     coarse_weight: float | None = None
+    mask: float | str | None = None
 
 
 def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConfig]:
@@ -381,21 +446,22 @@ def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConf
         weighting,
         compensation,
         bits,
+        errors,
     ) in itertools.product(
         grid.networks,
         grid.criteria,
-        [*_ratio_targets(grid, depth), *_size_targets(grid)],
+        [*_ratio_targets(grid, depth), *_size_targets(grid), *_mask_targets(grid)],
         axes.views,
         axes.rays,
         axes.seeds,
         axes.weightings,
         grid.compensations,
         grid.bits,
+        grid.errors,
     ):
-        rule = CRITERIA[criterion]
+        masked = target.mask is not None
         weighs = target.size is not None and BUDGETED[target.schedule].needs_paths
-        needs_data = rule.needs_statistics or weighs or COMPENSATIONS[compensation].moments
-        yield TrialConfig(
+        config = TrialConfig(
             networks=networks,
             criterion=criterion,
             ratio=target.ratio,
@@ -403,15 +469,16 @@ def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConf
             layer_ratios=target.layer_ratios,
             calibration=CalibrationSet(
                 view_count if views is None else views, rays, seed, weighting
-            )
-            if needs_data
-            else None,
-            seed=seed if rule.needs_seed else None,
+            ),
+            seed=seed if not masked and CRITERIA[criterion].needs_seed else None,
             compensation=compensation,
             size=target.size,
             coarse_weight=target.coarse_weight if weighs and networks == "both" else None,
             bits=bits,
+            mask=target.mask,
+            errors=errors if weighs or criterion == "obs" else "layer",
         )
+        yield config if config.needs_data else replace(config, calibration=None)
 
 
 def _ratio_targets(grid: PruneGrid, depth: int) -> Iterator[_Target]:
@@ -431,6 +498,11 @@ def _size_targets(grid: PruneGrid) -> Iterator[_Target]:
         grid.allocations, grid.sizes, grid.coarse_weights
     ):
         yield _Target(allocation, size=size, coarse_weight=weight)
+
+
+def _mask_targets(grid: PruneGrid) -> Iterator[_Target]:
+    for mask in grid.masks:
+        yield _Target("mask", mask=mask)
 
 
 def _without(data: dict[str, Any], **defaults: Any) -> dict[str, Any]:

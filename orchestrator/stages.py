@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,16 @@ from nerf.parallel import ParallelTrainer, train_devices
 from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
-from orchestrator.bridge import as_one, calibrate, from_one, network_of
-from orchestrator.compress import (
-    Compressed,
-    read_back,
-    scope_of,
-    shrink_to_file,
-    with_fields,
-    write_model,
-)
+from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
+from orchestrator.compress import Material, Reduced, compress
 from orchestrator.errors import PrunefieldError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, Training, Trial, TrialConfig
+from orchestrator.plan import Calibration, CalibrationSet, Training, Trial
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Record, ViewScore
 from orchestrator.spec import Sweep
 from orchestrator.store import Held, Store
-from pruning import Pruned, Statistics, prune
+from pruning import Ranking, Statistics, cells
 
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
@@ -104,6 +98,7 @@ class Workbench:
         self._fractions: dict[str, float] = {}
         self._model: tuple[str, NerfModel] | None = None
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
+        self._rankings: tuple[str, dict[Any, Ranking]] = ("", {})
 
     # --- what stays loaded -----------------------------------------------------------------
 
@@ -167,6 +162,22 @@ class Workbench:
                 self._publish_shared(key, {n: t.numpy() for n, t in tensors.items()})
             self._statistics = (key, from_one(tensors))
         return self._statistics[1]
+
+    def material(self, trial: Trial) -> Material:
+        """What a trial's pruning may look at."""
+        if self._rankings[0] != trial.training:
+            self._rankings = (trial.training, {})
+        wanted, samples = trial.config.calibration, None
+        if wanted is not None:
+            samples = partial(
+                calibration_samples,
+                self.model(trial.training),
+                self.scene(),
+                wanted,
+                self._validation_fraction(trial.training),
+            )
+        statistics = None if trial.statistics is None else self.statistics(trial.statistics)
+        return Material(statistics, samples, self._rankings[1])
 
     # --- train -----------------------------------------------------------------------------
 
@@ -357,7 +368,7 @@ class Workbench:
             dense = self.model(trial.training)
             held_out = self.held_out()
         with watch.during("calibrate"):
-            statistics = None if trial.statistics is None else self.statistics(trial.statistics)
+            material = self.material(trial)
         info = {
             "scene": scene_info(self.sweep, self.scene()),
             "pruning": config.flat(),
@@ -365,7 +376,7 @@ class Workbench:
         }
         with self.store.writing("trial", trial.key) as folder:
             with watch.during("prune"):
-                small = compress(folder / MODEL, dense, config, statistics, info)
+                small = compress(folder / MODEL, dense, config, material, info)
             with watch.during("evaluate"):
                 evaluation = held_out.evaluate(small.model, self.sweep.protocol.precision)
                 validated = self._validated(trial.training, small.model)
@@ -413,75 +424,7 @@ def failure_of(error: BaseException, watch: Stopwatch) -> Failure:
     return Failure(watch.stage, " ".join(reason.split())[:2000])
 
 
-def compress(
-    path: Path,
-    dense: NerfModel,
-    config: TrialConfig,
-    statistics: Mapping[str, Statistics] | None,
-    info: Mapping[str, Any],
-) -> Compressed:
-    """Prune a model as a trial says and write its file; see `prune_model` and `shrink_to_file`.
-
-    Returns:
-        The model as its file holds it: few-bit weights are read back before they are measured.
-    """
-    if config.size is not None:
-        return shrink_to_file(path, dense, config, statistics, info)
-    model, pruned = prune_model(
-        dense,
-        config.networks,
-        config.criterion,
-        config.layer_ratios,
-        statistics,
-        config.seed,
-        config.compensation,
-    )
-    size = write_model(path, model, config.bits, info)
-    return Compressed(read_back(path, model, config.bits), pruned, size)
-
-
-def prune_model(
-    dense: NerfModel,
-    scope: str,
-    criterion: str,
-    layer_ratios: tuple[float, ...],
-    statistics: Mapping[str, Statistics] | None,
-    seed: int | None,
-    compensation: str = "none",
-) -> tuple[NerfModel, dict[str, Pruned]]:
-    """Prune the networks of a model that a scope names; the others stay as they are.
-
-    Args:
-        dense: the model; it is not changed.
-        scope: ``coarse``, ``fine``, ``both``, or ``shared``: the fine one, used for both passes.
-        criterion: scoring rule.
-        layer_ratios: requested fraction of each hidden layer.
-        statistics: calibration statistics by network, where the criterion needs them.
-        seed: where the criterion needs one.
-        compensation: what the readers of removed channels do.
-
-    Returns:
-        The physically smaller model, and what was done to each pruned network.
-    """
-    fields = dense.networks()
-    # Layers of both networks have the same names: without its own seed, the random criterion would
-    # remove the same channels from both.
-    seeds = {name: None if seed is None else 2 * seed + i for i, name in enumerate(fields)}
-    pruned = {
-        name: prune(
-            network_of(fields[name]),
-            layer_ratios,
-            criterion,
-            None if statistics is None else statistics[name],
-            seeds[name],
-            compensation=compensation,
-        )
-        for name in scope_of(scope)
-    }
-    return with_fields(dense, scope, pruned), pruned
-
-
-def sizes(model: NerfModel, pruned: Mapping[str, Pruned]) -> dict[str, float]:
+def sizes(model: NerfModel, pruned: Mapping[str, Reduced]) -> dict[str, float]:
     """Sizes and cost of a model; `pruned` gives the report's count where a network was pruned.
 
     A network that both passes share counts once, as the fine one.
@@ -500,11 +443,24 @@ def sizes(model: NerfModel, pruned: Mapping[str, Pruned]) -> dict[str, float]:
     }
 
 
-def achieved_ratio(pruned: Mapping[str, Pruned]) -> float:
-    """Fraction of channels removed, over all layers of the pruned networks."""
-    channels = sum(keep.numel() for p in pruned.values() for keep in p.keep.values())
-    kept = sum(int(keep.sum()) for p in pruned.values() for keep in p.keep.values())
-    return 1.0 - kept / channels
+def achieved_ratio(pruned: Mapping[str, Reduced]) -> float:
+    """Fraction removed of the channels (with a mask, the weights) of the pruned networks."""
+    return sum(p.removed for p in pruned.values()) / sum(p.total for p in pruned.values())
+
+
+def calibration_samples(
+    model: NerfModel, scene: Scene, wanted: CalibrationSet, validation: float, network: str
+) -> CalibrationSamples:
+    """What one network sees on the rays of a calibration set (see `bridge.calibrate`)."""
+    return CalibrationSamples(
+        model,
+        network,
+        scene,
+        cells([wanted.views], [wanted.rays]),
+        wanted.seed,
+        wanted.weighting,
+        validation,
+    )
 
 
 def scene_info(sweep: Sweep, scene: Scene) -> dict[str, Any]:

@@ -24,19 +24,30 @@ from pruning.calibration import (
 )
 from pruning.chain import Chain
 from pruning.compensation import COMPENSATIONS, Compensation, compensate, sequential
+from pruning.curvature import curvature_weights
 from pruning.elimination import (
+    Balance,
+    OutputWeights,
     Path,
     compensated_weights,
     elimination_path,
     elimination_paths,
 )
 from pruning.errors import BudgetError, PruningError, RatioError, StatisticsError
-from pruning.gradients import collect_gradients
+from pruning.gradients import collect_gradients, probe
 from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
-from pruning.pipeline import Pruned, moments_for_budget, prune, shrink
+from pruning.pipeline import Pruned, Ranking, cut, moments_for_budget, prune, rank, shrink
 from pruning.quantization import SCHEMES, Quantized, Scheme, balance, price_of, quantize
-from pruning.scores import CRITERIA, Criterion, ScoredLayer, moments_for, needs_gradients, score
+from pruning.scores import (
+    CRITERIA,
+    Criterion,
+    ScoredLayer,
+    gradients_for,
+    moments_for,
+    needs_gradients,
+    score,
+)
 from pruning.selection import keep_mask, removed_count, select
 from pruning.simplify import merge_linear
 from pruning.size import bytes_of, mebibytes, nonzero_parameters
@@ -54,6 +65,7 @@ __all__ = [
     "PRICES",
     "SCHEMES",
     "SPARSE",
+    "Balance",
     "Budget",
     "BudgetError",
     "CalibrationBatch",
@@ -67,11 +79,13 @@ __all__ = [
     "Moment",
     "NestedStatistics",
     "Network",
+    "OutputWeights",
     "Path",
     "Price",
     "Pruned",
     "PruningError",
     "Quantized",
+    "Ranking",
     "RatioError",
     "Scheme",
     "ScoredLayer",
@@ -92,8 +106,11 @@ __all__ = [
     "compensate",
     "compensated_weights",
     "cost_of",
+    "curvature_weights",
+    "cut",
     "elimination_path",
     "elimination_paths",
+    "gradients_for",
     "keep_mask",
     "mask",
     "mebibytes",
@@ -103,8 +120,10 @@ __all__ = [
     "needs_gradients",
     "nonzero_parameters",
     "price_of",
+    "probe",
     "prune",
     "quantize",
+    "rank",
     "remove",
     "removed_count",
     "score",

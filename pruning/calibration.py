@@ -162,6 +162,17 @@ class Statistics:
             sums[layer] |= moments
         return Statistics(self.rows, self.weight, sums)
 
+    def only(self, names: Mapping[str, str]) -> "Statistics":
+        """Some of the moments, under other names: ``only({"fisher": "curvature"})``.
+
+        Layers that have none of them are left out.
+        """
+        sums = {
+            layer: {new: moments[old] for old, new in names.items() if old in moments}
+            for layer, moments in self.sums.items()
+        }
+        return Statistics(self.rows, self.weight, {la: of for la, of in sums.items() if of})
+
     def average(self, layer: str, moment: str) -> Float[Tensor, "..."]:
         """A moment's weighted average over the samples, e.g. ``average("trunk.0", "mean")``.
 
@@ -217,6 +228,23 @@ class NestedStatistics:
         for cell, statistics in other.cells.items():
             merged[cell] = merged[cell] + statistics if cell in merged else statistics
         return NestedStatistics(merged)
+
+    def joined(self, other: "NestedStatistics") -> "NestedStatistics":
+        """Other moments of the same samples beside these, cell by cell.
+
+        Raises:
+            StatisticsError: the two have other cells, or do not fit (see `Statistics.joined`).
+        """
+        if self.cells.keys() != other.cells.keys():
+            raise StatisticsError(
+                f"statistics of {len(self.cells)} and {len(other.cells)} cells are not those of "
+                "the same calibration sets"
+            )
+        return NestedStatistics({c: of.joined(other.cells[c]) for c, of in self.cells.items()})
+
+    def only(self, names: Mapping[str, str]) -> "NestedStatistics":
+        """Some of the moments, under other names (see `Statistics.only`)."""
+        return NestedStatistics({c: of.only(names) for c, of in self.cells.items()})
 
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """The set sizes that can be handed out, in lexicographic order."""

@@ -12,10 +12,9 @@ none           –                           go on reading the constant relu(b_j
 mean_fold      "mean"                      read the channel's mean E[x_j] instead
 least_squares  "gram"                      are solved anew on the kept inputs
 obs            "gram"                      the same, in the form of the elimination path
+sequential     –                           are solved layer after layer on what the pruned layers
+                                           before really produce; needs the calibration batches
 ============== =========================== =====================================================
-
-`sequential` is the same least squares, layer after layer, on the inputs that the pruned layers
-before really produce; it needs the calibration batches again, so it is not in the registry.
 
 Letters: W, b a layer's weight and bias, V = [W | b], x what it reads, x̃ what it reads once the
 layers before it are pruned, H = E[[x; 1][x; 1]ᵀ] (see `pruning.solving`).
@@ -114,12 +113,22 @@ class Compensation:
     """A registered compensation and what it needs.
 
     Attributes:
-        of: what it does.
+        of: what it does, from statistics; None where it goes through the batches itself.
         moments: the calibration moments that it reads.
     """
 
-    of: CompensationFunction
+    of: CompensationFunction | None
     moments: tuple[str, ...] = ()
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether it goes through the calibration batches again, once the channels are chosen."""
+        return self.of is None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether there has to be a calibration set."""
+        return self.needs_batches or bool(self.moments)
 
 
 COMPENSATIONS: dict[str, Compensation] = {
@@ -127,12 +136,17 @@ COMPENSATIONS: dict[str, Compensation] = {
     "mean_fold": Compensation(mean_fold, moments=("mean",)),
     "least_squares": Compensation(least_squares, moments=("gram",)),
     "obs": Compensation(obs, moments=("gram",)),
+    "sequential": Compensation(None),
 }
 """The compensations by the name that a sweep file uses."""
 
 
 def compensate(
-    network: Network, keep: KeepMasks, compensation: str, statistics: Statistics | None = None
+    network: Network,
+    keep: KeepMasks,
+    compensation: str,
+    statistics: Statistics | None = None,
+    batches: Iterable[CalibrationBatch] | None = None,
 ) -> Network:
     """Take channels out and make up for them.
 
@@ -141,14 +155,22 @@ def compensate(
         keep: which channels stay, by layer; a layer left out keeps them all.
         compensation: a name in `COMPENSATIONS`.
         statistics: of the dense network, if the compensation needs them.
+        batches: calibration batches that can be gone through again and again, if it needs those.
 
     Raises:
         PruningError: no such compensation, a mask does not fit, or the weights that come out are
             not finite.
-        StatisticsError: statistics are missing or of another network.
+        StatisticsError: statistics or batches are missing or of another network.
     """
     chosen = lookup(COMPENSATIONS, compensation, "compensation")
-    smaller = chosen.of(network, keep, statistics)
+    if chosen.of is not None:
+        smaller = chosen.of(network, keep, statistics)
+    elif batches is None:
+        raise StatisticsError(
+            f"compensation {compensation!r} goes through the calibration batches again; give them"
+        )
+    else:
+        smaller = sequential(network, keep, batches)
     for name in smaller.weights:
         if not _all_finite(smaller.weights[name], smaller.biases[name]):
             raise PruningError(

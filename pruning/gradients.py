@@ -89,6 +89,24 @@ def collect_gradients(
     return NestedStatistics({cell: totals[cell] for cell in sorted(totals)})
 
 
+def probe(
+    values: Float[Tensor, "*shape"], generator: torch.Generator | None = None
+) -> Float[Tensor, ""]:
+    """Σ_k ε_k f_k with random signs ε: a loss whose ``fisher`` is E[Σ_k (∂f_k/∂z)²] on average.
+
+    That is how far a small error in z moves f (in squares), whatever the targets are. Ask for the
+    moment under the name ``curvature``.
+
+    Args:
+        values: f, such as the pixels that a batch renders to.
+        generator: draws the signs, on the device of `values`.
+
+    Source: Hutchinson 1990, for the signs; Schraudolph 2002, for the Gauss-Newton matrix.
+    """
+    signs = torch.rand(values.shape, generator=generator, device=values.device) < 0.5
+    return torch.where(signs, values, -values).sum()
+
+
 def _backward(
     network: Network,
     inputs: Mapping[str, Tensor],

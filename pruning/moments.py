@@ -139,9 +139,11 @@ MOMENTS: dict[str, Moment] = {
 """What can be accumulated, by the name of its average."""
 
 
-GRADIENT_MOMENTS = ("taylor", "taylor_square", "fisher")
+GRADIENT_MOMENTS = ("taylor", "taylor_square", "fisher", "curvature")
 """What only `gradients.collect_gradients` collects: E[a·g] and E[(Σ_run a·g)²] of the outputs of
-the prunable layers, and E[(∂L/∂z)²] of those of all, before the activation."""
+the prunable layers, and E[(∂L/∂z)²] of those of all, before the activation. ``curvature`` is the
+``fisher`` of a loss that probes what the network is for with random signs (see
+`gradients.probe`)."""
 
 
 def is_maximum(moment: str) -> bool:

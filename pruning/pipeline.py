@@ -1,21 +1,21 @@
 """The story of a pruning: score, size, select, remove, compensate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from pruning.allocation import check_ratios
-from pruning.budget import Budget
-from pruning.calibration import Statistics
+from pruning.budget import Budget, Widths
+from pruning.calibration import CalibrationBatch, Statistics
 from pruning.compensation import compensate
-from pruning.elimination import Balance, OutputWeights, elimination_paths
+from pruning.elimination import Balance, OutputWeights, Path, elimination_paths
 from pruning.errors import PruningError
 from pruning.network import Network
 from pruning.registry import lookup
 from pruning.scores import moments_for, score
-from pruning.selection import select
+from pruning.selection import KeepMasks, select
 from pruning.size import nonzero_parameters
 from pruning.sizing import BUDGETED, Sizing, top, widths_within
 
@@ -41,10 +41,19 @@ class Pruned:
     nonzero_parameters: int
 
     @property
+    def total(self) -> int:
+        """Channels of the prunable layers of the dense network."""
+        return sum(kept.numel() for kept in self.keep.values())
+
+    @property
+    def removed(self) -> int:
+        """How many of them went."""
+        return sum(int((~kept).sum()) for kept in self.keep.values())
+
+    @property
     def ratio(self) -> float:
         """Fraction removed of all channels of the prunable layers together."""
-        channels = sum(kept.numel() for kept in self.keep.values())
-        return sum(int((~kept).sum()) for kept in self.keep.values()) / channels
+        return self.removed / self.total
 
 
 def prune(
@@ -55,6 +64,7 @@ def prune(
     seed: int | None = None,
     *,
     compensation: str = "none",
+    batches: Iterable[CalibrationBatch] | None = None,
 ) -> Pruned:
     """Remove the channels that matter least.
 
@@ -65,6 +75,8 @@ def prune(
         statistics: calibration statistics of this network, if the criterion needs them.
         seed: if the criterion needs one.
         compensation: a name in `compensation.COMPENSATIONS`.
+        batches: calibration batches that can be gone through again and again, if the compensation
+            needs those.
 
     Returns:
         The smaller network, with the keep masks, ratios and sizes.
@@ -81,12 +93,91 @@ def prune(
     requested = dict(zip(layers, check_ratios(ratios, len(layers)), strict=True))
     keep = select(score(network, criterion, statistics, seed), requested)
     return Pruned(
-        network=compensate(network, keep, compensation, statistics),
+        network=compensate(network, keep, compensation, statistics, batches),
         keep=keep,
         requested=requested,
         achieved={name: int((~kept).sum()) / kept.numel() for name, kept in keep.items()},
         nonzero_parameters=nonzero_parameters(network, keep),
     )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How channels rank: all that deciding about widths needs to know, for any budget.
+
+    Attributes:
+        scores: by network and layer, one a channel.
+        paths: by network and layer, the error at every width; None where no one asked for them.
+    """
+
+    scores: Mapping[str, Mapping[str, Tensor]]
+    paths: Mapping[str, Mapping[str, Path]] | None = None
+
+    def keep(self, widths: Widths) -> dict[str, dict[str, Bool[Tensor, " _channels"]]]:
+        """The channels that stay at these widths."""
+        return {
+            name: {
+                layer: self.paths[name][layer].keep(width)
+                if self.paths is not None
+                else top(self.scores[name][layer], width)
+                for layer, width in of_network.items()
+            }
+            for name, of_network in widths.items()
+        }
+
+
+def rank(
+    networks: Mapping[str, Network],
+    statistics: Mapping[str, Statistics],
+    *,
+    criterion: str = "obs",
+    allocation: str = "chain",
+    output_weights: Mapping[str, OutputWeights] | None = None,
+    balance: Balance = "rows",
+    seed: int | None = None,
+) -> Ranking:
+    """The part of `shrink` that does not depend on the budget.
+
+    Args:
+        networks: the dense networks, by name.
+        statistics: of each, with the moments that `moments_for_budget` names.
+        criterion: a name in `scores.CRITERIA`: the order in which a layer's channels go.
+        allocation: a name in `sizing.BUDGETED`, which says whether errors are needed.
+        output_weights: by network, how much each output of a layer counts in the errors.
+        balance: how the errors of a layer's readers are put together (see `elimination.Balance`).
+        seed: if the criterion needs one.
+
+    Raises:
+        StatisticsError: statistics are missing or of another network.
+        PruningError: no such criterion or allocation.
+    """
+    for name, network in networks.items():
+        if not network.graph.prunable():
+            raise PruningError(f"no layer of network {name!r} is prunable")
+    sized = lookup(BUDGETED, allocation, "budgeted allocation")
+    if sized.only_with is not None and criterion not in sized.only_with:
+        raise PruningError(
+            f"allocation {allocation!r} is defined on the scores of criterion "
+            f"{' or '.join(sized.only_with)}, not on those of {criterion!r}"
+        )
+    by_obs = criterion == "obs"
+    scores = {
+        name: score(network, criterion, statistics.get(name), seed)
+        for name, network in networks.items()
+        if not by_obs
+    }
+    if not by_obs and not sized.needs_paths:
+        return Ranking(scores)
+    paths = elimination_paths(
+        networks,
+        statistics,
+        output_weights=output_weights,
+        balance=balance,
+        scores=None if by_obs else scores,
+    )
+    if by_obs:
+        scores = {n: {la: p.scores() for la, p in of.items()} for n, of in paths.items()}
+    return Ranking(scores, paths)
 
 
 def shrink(
@@ -102,6 +193,8 @@ def shrink(
     balance: Balance = "rows",
     multiple: int = 1,
     seed: int | None = None,
+    ranking: Ranking | None = None,
+    batches: Mapping[str, Iterable[CalibrationBatch]] | None = None,
 ) -> dict[str, Pruned]:
     """Prune several networks until together they keep to a budget.
 
@@ -121,6 +214,9 @@ def shrink(
         balance: how the errors of a layer's readers are put together (see `elimination.Balance`).
         multiple: widths are multiples of this, in the allocations that search over widths.
         seed: if the criterion needs one.
+        ranking: what `rank` gave for the same networks and settings, to save its time.
+        batches: by network, calibration batches that can be gone through again and again, if the
+            compensation needs those.
 
     Returns:
         By network. `requested` and `achieved` are the same: widths are whole channels.
@@ -130,43 +226,56 @@ def shrink(
         StatisticsError: statistics are missing or of another network.
         PruningError: no such criterion, allocation or compensation.
     """
-    for name, network in networks.items():
-        if not network.graph.prunable():
-            raise PruningError(f"no layer of network {name!r} is prunable")
-    sized = lookup(BUDGETED, allocation, "budgeted allocation")
-    by_obs = criterion == "obs"
-    paths = None
-    scores = {
-        name: score(network, criterion, statistics.get(name), seed)
-        for name, network in networks.items()
-        if not by_obs
-    }
-    if by_obs or sized.needs_paths:
-        paths = elimination_paths(
+    if ranking is None:
+        ranking = rank(
             networks,
             statistics,
+            criterion=criterion,
+            allocation=allocation,
             output_weights=output_weights,
             balance=balance,
-            scores=None if by_obs else scores,
+            seed=seed,
         )
-    if by_obs and paths is not None:
-        scores = {n: {la: p.scores() for la, p in of.items()} for n, of in paths.items()}
-    widths = widths_within(
-        allocation, Sizing(networks, budget, scores, paths, error_weights or {}, multiple)
-    )
+    sizing = Sizing(networks, budget, ranking.scores, ranking.paths, error_weights or {}, multiple)
+    widths = widths_within(allocation, sizing)
+    return cut(networks, ranking.keep(widths), compensation, statistics, batches)
+
+
+def cut(
+    networks: Mapping[str, Network],
+    keep: Mapping[str, KeepMasks],
+    compensation: str = "obs",
+    statistics: Mapping[str, Statistics] | None = None,
+    batches: Mapping[str, Iterable[CalibrationBatch]] | None = None,
+) -> dict[str, Pruned]:
+    """Take the channels out of each network that its keep masks name, and make up for them.
+
+    Args:
+        networks: the dense networks, by name; they are not changed.
+        keep: by network and layer.
+        compensation: a name in `compensation.COMPENSATIONS`.
+        statistics: of each, if the compensation needs them.
+        batches: by network, if the compensation needs them.
+
+    Raises:
+        StatisticsError: statistics are missing or of another network.
+        PruningError: no such compensation, or a mask does not fit.
+    """
     pruned = {}
     for name, network in networks.items():
-        keep = {
-            layer: paths[name][layer].keep(width) if paths else top(scores[name][layer], width)
-            for layer, width in widths[name].items()
-        }
-        achieved = {layer: int((~kept).sum()) / kept.numel() for layer, kept in keep.items()}
+        achieved = {layer: int((~kept).sum()) / kept.numel() for layer, kept in keep[name].items()}
         pruned[name] = Pruned(
-            network=compensate(network, keep, compensation, statistics.get(name)),
-            keep=keep,
+            network=compensate(
+                network,
+                keep[name],
+                compensation,
+                (statistics or {}).get(name),
+                (batches or {}).get(name),
+            ),
+            keep=keep[name],
             requested=achieved,
             achieved=achieved,
-            nonzero_parameters=nonzero_parameters(network, keep),
+            nonzero_parameters=nonzero_parameters(network, keep[name]),
         )
     return pruned
 

@@ -17,11 +17,8 @@ rounding error is made up for by the columns after it.
 Letters: W a layer's weight (out × in), Ŵ what is stored, b bits, x what the layer reads.
 """
 
-import bz2
-import lzma
 import math
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -30,8 +27,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pruning.budget import Price
-from pruning.calibration import Statistics
-from pruning.errors import PruningError
+from pruning.calibration import Statistics, check_weights
+from pruning.errors import PruningError, StatisticsError
 from pruning.network import LayerGraph, Network
 from pruning.registry import lookup
 from pruning.solving import DAMPING, damped, input_gram, inverse
@@ -59,6 +56,8 @@ class Scheme:
         gptq: of a uniform grid, whether later columns make up for the rounding of earlier ones
             (needs statistics).
         dtype: of a float.
+        balanced: of a uniform grid, whether channels are scaled first so that those that matter
+            lose less (`balance`; needs statistics).
     """
 
     kind: Literal["float", "uniform", "codebook"]
@@ -66,7 +65,30 @@ class Scheme:
     symmetric: bool = True
     gptq: bool = False
     dtype: torch.dtype = torch.float32
+    balanced: bool = False
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether rounding looks at what the layers read."""
+        return self.gptq or self.balanced
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether a weight of 0 stays 0."""
+        exact = self.kind == "float" or (self.kind == "uniform" and self.symmetric)
+        return exact and not self.needs_statistics
+
+    @property
+    def stored_as(self) -> str:
+        """The name of the scheme that reads it back: how codes were found is not in the file."""
+        if self.kind == "float":
+            return {v: k for k, v in FLOATS.items()}[self.dtype]
+        if self.kind == "codebook":
+            return f"kmeans{self.bits}"
+        return f"{'int' if self.symmetric else 'uint'}{self.bits}"
+
+
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 SCHEMES: dict[str, Scheme] = {
     "fp32": Scheme("float", 32),
@@ -75,10 +97,12 @@ SCHEMES: dict[str, Scheme] = {
     **{f"int{b}": Scheme("uniform", b) for b in range(2, 9)},
     **{f"uint{b}": Scheme("uniform", b, symmetric=False) for b in range(2, 9)},
     **{f"gptq{b}": Scheme("uniform", b, gptq=True) for b in range(2, 9)},
+    **{f"awq{b}": Scheme("uniform", b, balanced=True) for b in range(2, 9)},
     **{f"kmeans{b}": Scheme("codebook", b) for b in range(1, 9)},
 }
 """The schemes by the name that a sweep file uses: ``int`` symmetric, ``uint`` with an offset,
-``gptq`` symmetric with error feedback, ``kmeans`` a codebook a layer."""
+``gptq`` symmetric with error feedback, ``awq`` symmetric after balancing, ``kmeans`` a codebook a
+layer."""
 
 
 def price_of(scheme: str) -> Price:
@@ -131,29 +155,28 @@ class Quantized:
             weights[layer.name], biases[layer.name] = W.to(dtype), of_layer["bias"].to(dtype)
         return Network(self.graph, weights, biases)
 
-    def tensors(self, entropy: bool = False) -> dict[str, Tensor]:
-        """A flat dictionary that safetensors can write: keys ``layer/codes``, ``layer/scale``, ….
-
-        Args:
-            entropy: whether the codes are entropy coded where that is smaller than packed bits.
-        """
-        tensors: dict[str, Tensor] = {}
+    def tensors(self) -> dict[str, Tensor]:
+        """A flat dictionary that safetensors can write: ``layer/codes``, ``layer/scale``, …."""
+        tensors = {f"{layer}/codes": codes for layer, codes in self.codes.items()}
         for layer, of_layer in self.tables.items():
             tensors |= {f"{layer}/{name}": table for name, table in of_layer.items()}
-        for layer, codes in self.codes.items():
-            data = encode(codes, SCHEMES[self.schemes[layer]].bits, entropy)
-            tensors[f"{layer}/codes"] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return tensors
 
-    def n_bytes(self, entropy: bool = False) -> int:
-        """Bytes of all the arrays, without a file's header."""
-        return sum(t.numel() * t.element_size() for t in self.tensors(entropy).values())
+    def n_bytes(self) -> int:
+        """Bytes of all the arrays with b bits a code, without a file's header."""
+        tables = sum(
+            t.numel() * t.element_size() for of in self.tables.values() for t in of.values()
+        )
+        return tables + sum(
+            math.ceil(codes.numel() * SCHEMES[self.schemes[layer]].bits / 8)
+            for layer, codes in self.codes.items()
+        )
 
     @classmethod
     def from_tensors(
         cls, graph: LayerGraph, schemes: Mapping[str, str], tensors: Mapping[str, Tensor]
     ) -> "Quantized":
-        """What `tensors` gave, entropy coded or not.
+        """What `tensors` gave.
 
         Raises:
             PruningError: a layer or an array is missing, damaged or of the wrong size.
@@ -172,12 +195,11 @@ class Quantized:
                     f"the quantised layer {layer.name!r} lacks {missing}; the file is damaged or "
                     "of another network"
                 )
-            of_layer = {n: tensors[f"{layer.name}/{n}"] for n in names if n != "codes"}
+            of_layer = {n: tensors[f"{layer.name}/{n}"] for n in names}
             shape = (len(of_layer["bias"]), sum(widths[source] for source in layer.inputs))
             widths[layer.name] = shape[0]
             if "codes" in names:
-                data = bytes(tensors[f"{layer.name}/codes"].contiguous().numpy().tobytes())
-                codes[layer.name] = decode(data, scheme.bits, math.prod(shape)).view(shape)
+                codes[layer.name] = _checked_codes(layer.name, scheme, of_layer.pop("codes"), shape)
             _check_tables(layer.name, scheme, of_layer, shape)
             tables[layer.name] = of_layer
         return cls(graph, dict(schemes), codes, tables)
@@ -190,6 +212,17 @@ def _tables_of(scheme: Scheme) -> tuple[str, ...]:
     if scheme.kind == "codebook":
         return ("bias", "codes", "codebook")
     return ("bias", "codes", "scale") if scheme.symmetric else ("bias", "codes", "scale", "offset")
+
+
+def _checked_codes(layer: str, scheme: Scheme, codes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The codes, if they are what the layer asks for."""
+    fits = codes.dtype == torch.uint8 and tuple(codes.shape) == shape
+    if not fits or (codes.numel() and int(codes.max()) >= 2**scheme.bits):
+        raise PruningError(
+            f"the quantised layer {layer!r} must have {shape} codes of {scheme.bits} bits, got "
+            f"{codes.dtype} {tuple(codes.shape)}; the file is damaged"
+        )
+    return codes
 
 
 def _check_tables(
@@ -223,7 +256,8 @@ def quantize(
         network: it is not changed.
         scheme: a name in `SCHEMES` for all layers, or one for each.
         statistics: of this network, with the moment "gram": rounding is then judged by the
-            layers' outputs, and biases make up for its mean. Needed by the ``gptq`` schemes.
+            layers' outputs, and biases make up for its mean. Needed by the ``gptq`` and ``awq``
+            schemes; one layer of ``awq`` has the whole network balanced.
 
     Raises:
         PruningError: no such scheme, a layer without one, or a value that float16 cannot hold.
@@ -233,6 +267,12 @@ def quantize(
     schemes = dict.fromkeys(names, scheme) if isinstance(scheme, str) else dict(scheme)
     if schemes.keys() != set(names):
         raise PruningError(f"the layers are {names}, and the schemes are for {list(schemes)}")
+    found = [lookup(SCHEMES, of, "quantisation scheme") for of in schemes.values()]
+    if any(of.balanced for of in found):
+        check_weights(network)
+        network, statistics = balance(
+            network, statistics, min(of.bits for of in found if of.balanced)
+        )
     codes: dict[str, Tensor] = {}
     tables: dict[str, dict[str, Tensor]] = {}
     for layer in network.graph.layers:
@@ -433,7 +473,9 @@ def _nearest(
 # ----------------------------------------------------------------------------------- AWQ balancing
 
 
-def balance(network: Network, statistics: Statistics, bits: int = 4) -> tuple[Network, Statistics]:
+def balance(
+    network: Network, statistics: Statistics | None, bits: int = 4
+) -> tuple[Network, Statistics]:
     """Scale channels so that those that matter lose less when their readers are rounded.
 
     Channel j of a layer is divided by s_j > 0 and its columns in every reader multiplied by it:
@@ -454,6 +496,8 @@ def balance(network: Network, statistics: Statistics, bits: int = 4) -> tuple[Ne
     Raises:
         StatisticsError: the moment was not collected, or on another network.
     """
+    if statistics is None:
+        raise StatisticsError("balancing needs calibration statistics; collect 'gram' first")
     scheme = replace(SCHEMES["int8"], bits=bits)
     weights, biases = dict(network.weights), dict(network.biases)
     grams = {
@@ -490,8 +534,8 @@ def balance(network: Network, statistics: Statistics, bits: int = 4) -> tuple[Ne
             inverse_s = torch.ones(len(grams[r.name]), dtype=torch.float64)
             inverse_s[p] = 1 / chosen
             grams[r.name] = inverse_s[:, None] * grams[r.name] * inverse_s
-    sums = {name: {"gram": gram * statistics.weight} for name, gram in grams.items()}
     balanced = Network(network.graph, weights, biases)
+    sums = {name: {"gram": gram * statistics.weight} for name, gram in grams.items()}
     return balanced, Statistics(statistics.rows, statistics.weight, sums)
 
 
@@ -509,106 +553,11 @@ def _output_error(
     return float(((error @ H) * error).sum()) / energy if energy > 0 else 0.0
 
 
-# ------------------------------------------------------------------------------- bits and entropy
+def entropy(codes: UInt8[Tensor, "..."]) -> float:
+    """Bits a code that an ideal coder of single codes would take: −Σ p log₂ p.
 
-
-def pack_bits(codes: UInt8[Tensor, "..."], bits: int) -> bytes:
-    """Codes below 2^b, b bits each, the lowest bit first; the last byte is filled up with zeros.
-
-    >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).hex()
-    '2103'
+    Source: Shannon 1948, section 6.
     """
-    places = torch.arange(bits, dtype=torch.uint8)
-    stream = (codes.flatten()[:, None] >> places & 1).flatten()
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
-    return bytes((stream.int() << torch.arange(8)).sum(dim=1).to(torch.uint8).numpy().tobytes())
-
-
-def unpack_bits(data: bytes, bits: int, n: int) -> UInt8[Tensor, " n"]:
-    """The inverse of `pack_bits`.
-
-    Raises:
-        PruningError: the data are not as long as n codes are.
-    """
-    if len(data) != (n * bits + 7) // 8:
-        raise PruningError(
-            f"{n} codes of {bits} bits take {(n * bits + 7) // 8} bytes, there are {len(data)}; "
-            "the file is damaged"
-        )
-    if not n:
-        return torch.zeros(0, dtype=torch.uint8)
-    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    stream = (octets[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[: n * bits]
-    return (stream.view(n, bits).int() << torch.arange(bits)).sum(dim=1).to(torch.uint8)
-
-
-_LZMA: list[dict[str, int]] = [
-    {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**20, "lc": 0, "lp": 0, "pb": 0}
-]
-
-
-def _huffman(data: bytes) -> bytes:
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(data) + coder.flush()
-
-
-_CODERS: dict[int, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
-    1: (_huffman, lambda data: zlib.decompress(data, -15)),
-    2: (lambda data: bz2.compress(data, 9), bz2.decompress),
-    3: (
-        lambda data: lzma.compress(data, lzma.FORMAT_RAW, filters=_LZMA),
-        lambda data: lzma.decompress(data, lzma.FORMAT_RAW, filters=_LZMA),
-    ),
-}
-"""Entropy coders by their tag; tag 0 is packed bits."""
-
-
-def encode(codes: UInt8[Tensor, "..."], bits: int, entropy: bool = True) -> bytes:
-    """Codes as bytes: a tag, the CRC-32 of what follows, and the payload.
-
-    Args:
-        codes: below 2^b.
-        bits: b.
-        entropy: try Huffman codes (deflate's), bzip2 and LZMA on one byte a code, and take the
-            smallest, packed bits included.
-
-    Source: Han et al. 2016 (Deep Compression), section 4, for coding the indices by their entropy.
-    """
-    forms = {0: pack_bits(codes, bits)}
-    if entropy:
-        plain = bytes(codes.flatten().contiguous().numpy().tobytes())
-        forms |= {tag: code(plain) for tag, (code, _) in _CODERS.items()}
-    tag = min(forms, key=lambda t: (len(forms[t]), t))
-    return bytes([tag]) + zlib.crc32(forms[tag]).to_bytes(4, "little") + forms[tag]
-
-
-def decode(data: bytes, bits: int, n: int) -> UInt8[Tensor, " n"]:
-    """The inverse of `encode`.
-
-    Args:
-        data: what it gave.
-        bits: b.
-        n: how many codes there are.
-
-    Raises:
-        PruningError: the data are truncated, changed, or of another size.
-    """
-    if len(data) < 5 or data[0] not in (0, *_CODERS):
-        raise PruningError("quantised codes are truncated or not codes at all; the file is damaged")
-    payload = data[5:]
-    if zlib.crc32(payload) != int.from_bytes(data[1:5], "little"):
-        raise PruningError("quantised codes fail their checksum; the file is damaged")
-    if data[0] == 0:
-        return unpack_bits(payload, bits, n)
-    try:
-        plain = _CODERS[data[0]][1](payload)
-    except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as error:
-        raise PruningError(
-            f"quantised codes cannot be decoded ({error}); the file is damaged"
-        ) from error
-    if len(plain) != n or (n and max(plain) >= 2**bits):
-        raise PruningError(
-            f"there are {len(plain)} quantised codes where {n} of {bits} bits belong; the file is "
-            "damaged"
-        )
-    return torch.frombuffer(bytearray(plain), dtype=torch.uint8) if n else unpack_bits(b"", bits, 0)
+    counts = torch.bincount(codes.flatten().long()).double()
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * p.log2()).sum())

@@ -222,6 +222,17 @@ def taylor_fo2(layer: ScoredLayer) -> Float[Tensor, " channels"]:
     return layer.average("taylor_square")
 
 
+def fisher(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """½ E[(∂L/∂z_j)²] E[a_j²]: the second-order cost of setting the channel to 0.
+
+    The Fisher diagonal stands for the Hessian's; gradient and activation are taken as independent.
+
+    Source: LeCun et al. 1990 (Optimal Brain Damage), equation 5; Theis et al. 2018 (Fisher
+    pruning), equation 6, for the Fisher information in the Hessian's place.
+    """
+    return layer.average("fisher") * layer.average("square") / 2
+
+
 def random(layer: ScoredLayer) -> Float[Tensor, " channels"]:
     """U(0, 1), seeded: the control that every other criterion has to beat.
 
@@ -254,6 +265,7 @@ class Criterion:
 
 CRITERIA: dict[str, Criterion] = {
     "activation": Criterion(activation, moments=("mean",)),
+    "fisher": Criterion(fisher, moments=("square",), gradients=("fisher",)),
     "fluctuation": Criterion(fluctuation, moments=("mean", "square")),
     "magnitude": Criterion(magnitude),
     "magnitude_l1": Criterion(magnitude_l1),
@@ -280,9 +292,15 @@ def moments_for(criteria: Iterable[str], compensations: Iterable[str] = ()) -> t
     return tuple(sorted(needed))
 
 
+def gradients_for(criteria: Iterable[str]) -> tuple[str, ...]:
+    """The moments that these criteria read and only `collect_gradients` collects."""
+    found = {m for name in criteria for m in lookup(CRITERIA, name, "criterion").gradients}
+    return tuple(sorted(found))
+
+
 def needs_gradients(criteria: Iterable[str]) -> bool:
     """Whether one of these criteria reads what only `collect_gradients` collects."""
-    return any(lookup(CRITERIA, name, "criterion").gradients for name in criteria)
+    return bool(gradients_for(criteria))
 
 
 def score(

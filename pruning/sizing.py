@@ -239,21 +239,23 @@ class Budgeted:
         of: widths for a sizing.
         needs_scores: whether it ranks channels.
         needs_paths: whether it weighs the errors of elimination paths.
+        only_with: the criteria on whose scores it is defined; None for any.
     """
 
     of: Callable[[Sizing], Widths]
     needs_scores: bool = False
     needs_paths: bool = False
+    only_with: tuple[str, ...] | None = None
 
 
 BUDGETED: dict[str, Budgeted] = {
-    "aap": Budgeted(aap, needs_scores=True),
+    "aap": Budgeted(aap, needs_scores=True, only_with=("activation",)),
     "chain": Budgeted(chain, needs_paths=True),
     "global": Budgeted(global_ranking, needs_scores=True),
     "greedy": Budgeted(greedy, needs_paths=True),
     "lamp": Budgeted(lamp, needs_scores=True),
     "owl": Budgeted(owl, needs_scores=True),
-    "pfp": Budgeted(pfp, needs_scores=True),
+    "pfp": Budgeted(pfp, needs_scores=True, only_with=("sensitivity",)),
     **{name: Budgeted(partial(by_ratio, allocation=name)) for name in ALLOCATIONS},
 }
 """The budgeted allocations by the name that a sweep file uses."""

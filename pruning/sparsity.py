@@ -219,10 +219,24 @@ class Sparsified:
     keep: Mapping[str, Bool[Tensor, "_out _in"]]
 
     @property
+    def total(self) -> int:
+        """Weights of the dense network."""
+        return sum(keep.numel() for keep in self.keep.values())
+
+    @property
+    def removed(self) -> int:
+        """How many of them went."""
+        return sum(int((~keep).sum()) for keep in self.keep.values())
+
+    @property
     def ratio(self) -> float:
         """Fraction removed of all weights."""
-        total = sum(keep.numel() for keep in self.keep.values())
-        return sum(int((~keep).sum()) for keep in self.keep.values()) / total
+        return self.removed / self.total
+
+    @property
+    def nonzero_parameters(self) -> int:
+        """Weights that are left, and all biases."""
+        return self.network.parameters() - self.removed
 
     def n_bytes(self, bits: int = 32) -> int:
         """Bytes to store the network, the index included (see `stored_bits`).

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,37 +52,47 @@ def evaluate(options: argparse.Namespace) -> int:
 def prune(options: argparse.Namespace) -> int:
     """Prune a checkpoint outside any sweep."""
     from orchestrator.bridge import calibrate
+    from orchestrator.compress import Material, compress
     from orchestrator.plan import CalibrationSet
-    from orchestrator.stages import BYTES_PER_PARAMETER, achieved_ratio, compress, sizes
+    from orchestrator.stages import (
+        BYTES_PER_PARAMETER,
+        achieved_ratio,
+        calibration_samples,
+        sizes,
+    )
     from pruning import allocate
 
     config = _pruning(options)
     model, scene, info = _open(options)
     _check_output(options.output)
-    statistics = None
+    material = Material()
     if options.size is None:
         depth = _depth(model, options)
         config = replace(config, layer_ratios=allocate(config.schedule, depth, config.ratio))
-    if config.needs.moments:
+    if config.needs_data:
         views = options.calibration_views or len(scene.train)
         if views > len(scene.train):
             raise OrchestratorError(
                 f"--calibration-views {views}: the scene has {len(scene.train)} training views"
             )
-        rays, needs = options.calibration_rays, config.needs
-        nested = calibrate(
-            model,
-            scene,
-            [views],
-            [rays],
-            options.seed,
-            needs.moments,
-            needs.prunable,
-            validation=_validation(info),
-        )
-        statistics = {name: of.subset((views, rays)) for name, of in nested.items()}
-        config = replace(config, calibration=CalibrationSet(views, rays, options.seed))
-    made = compress(options.output, model, config, statistics, {**info, "pruning": config.flat()})
+        needs, wanted = config.needs, CalibrationSet(views, options.calibration_rays, options.seed)
+        config = replace(config, calibration=wanted)
+        left_out, statistics = _validation(info), None
+        if needs.moments:
+            nested = calibrate(
+                model,
+                scene,
+                [views],
+                [wanted.rays],
+                wanted.seed,
+                needs.moments,
+                needs.prunable,
+                validation=left_out,
+            )
+            statistics = {name: of.subset((views, wanted.rays)) for name, of in nested.items()}
+        samples = partial(calibration_samples, model, scene, wanted, left_out)
+        material = Material(statistics, samples)
+    made = compress(options.output, model, config, material, {**info, "pruning": config.flat()})
     small, pruned, size = made.model, made.pruned, made.size
     networks: dict[str, dict[str, Any]] = {
         name: {
@@ -137,14 +148,10 @@ def _pruning(options: argparse.Namespace) -> Any:
     criterion = options.criterion or ("obs" if by_size else "activation")
     compensation = options.compensation or ("obs" if by_size else "none")
     schedule = options.allocation or "chain" if by_size else options.schedule or "uniform"
-    if lookup(CRITERIA, criterion, "criterion").gradients:
-        raise OrchestratorError(f"--criterion {criterion} needs gradients: use it from Python")
+    lookup(CRITERIA, criterion, "criterion")
     lookup(COMPENSATIONS, compensation, "compensation")
     lookup(BUDGETED if by_size else ALLOCATIONS, schedule, "allocation")
-    if lookup(SCHEMES, options.bits, "scheme").gptq:
-        raise OrchestratorError(
-            f"--bits {options.bits} needs statistics of the pruned network: use it from Python"
-        )
+    lookup(SCHEMES, options.bits, "scheme")
     weighs = by_size and both and BUDGETED[schedule].needs_paths
     return TrialConfig(
         networks=options.networks,

@@ -14,6 +14,7 @@ from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
+from orchestrator.spec.combinations import combinations
 from orchestrator.spec.mistakes import mistakes_of, path_of, shown
 from orchestrator.spec.schema import (
     MAX_LAYERS,
@@ -32,7 +33,6 @@ from orchestrator.spec.sweep import (
     Sweep,
     TrackingSettings,
 )
-from pruning import CRITERIA, SCHEMES
 
 # Limits far above any sweep, so that a file that is none of ours is refused at once.
 MAX_FILE_BYTES = 1_000_000
@@ -222,7 +222,7 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
                 found.append(Mistake(at(where), shown(schedule), message))
         if isinstance(grid, dict):
             where = at(f"prune[{number}]" if isinstance(grids, list) else "prune")
-            found += _combinations(grid, where)
+            found += [Mistake(f"{where}.{key}", None, why) for key, why in combinations(grid)]
     return found
 
 
@@ -231,10 +231,11 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
     train = parsed.train
     trainings = _product(train.iterations, train.rays, train.learning_rate, train.seeds)
     grids = sum(
-        _product(grid.networks, grid.criteria, grid.compensation, grid.bits)
+        _product(grid.networks, grid.criteria, grid.compensation, grid.bits, grid.errors)
         * max(
             _product(grid.ratios, grid.schedules),
             _product(grid.sizes, grid.allocations, grid.coarse_weight),
+            len(grid.masks),
         )
         * _product(
             grid.calibration.views,
@@ -255,42 +256,6 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
 
 def _product(*axes: Sequence[Any]) -> int:
     return math.prod(len(axis) for axis in axes)
-
-
-def _combinations(grid: dict[str, Any], where: str) -> list[Mistake]:
-    """Settings of one grid that make no sense together."""
-
-    def names(key: str, default: str) -> list[Any]:
-        given = grid.get(key, default)
-        return given if isinstance(given, list) else [given]
-
-    wrong: dict[str, str] = {}
-    if "ratios" in grid and "sizes" in grid:
-        wrong["sizes"] = "a grid has ratios or sizes; put them into two grids"
-    elif "sizes" in grid and "schedules" in grid:
-        wrong["schedules"] = (
-            "schedules spread a ratio and sizes have none; `allocations` share out a size"
-        )
-    elif "ratios" not in grid and "sizes" not in grid:
-        wrong["ratios"] = "this key is required (or `sizes`, in bytes of the model file)"
-    if "sizes" not in grid:
-        for key in ("allocations", "coarse_weight"):
-            if key in grid:
-                wrong[key] = "only a grid with `sizes` has this; ratios are spread by `schedules`"
-    elif "coarse_weight" in grid and "both" not in names("networks", "both"):
-        wrong["coarse_weight"] = "only `networks: both` shares a size out between two networks"
-    for name in names("criteria", "activation"):
-        if isinstance(name, str) and name in CRITERIA and CRITERIA[name].gradients:
-            wrong["criteria"] = (
-                f"{name!r} needs gradients, which sweeps do not collect; it is for use from Python"
-            )
-    for name in names("bits", "fp32"):
-        if isinstance(name, str) and name in SCHEMES and SCHEMES[name].gptq:
-            wrong["bits"] = (
-                f"{name!r} needs statistics of the pruned network, which sweeps do not collect; "
-                f"'int{SCHEMES[name].bits}' does not"
-            )
-    return [Mistake(f"{where}.{key}", None, message) for key, message in wrong.items()]
 
 
 def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
@@ -363,6 +328,8 @@ _LATER: dict[str, Any] = {
     "allocations": ["chain"],
     "coarse_weight": [0.1],
     "bits": ["fp32"],
+    "masks": [],
+    "errors": ["layer"],
 }
 
 
@@ -396,6 +363,8 @@ def _grid(section: PruneSection) -> PruneGrid:
         allocations=tuple(section.allocations),
         coarse_weights=tuple(section.coarse_weight),
         bits=tuple(section.bits),
+        masks=tuple(section.masks),
+        errors=tuple(section.errors),
     )
 
 

@@ -23,7 +23,8 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.mistakes import nearest
 from orchestrator.units import parse_bytes
-from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES
+from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES, SPARSE, PruningError
+from pruning.sparsity import Pattern
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_SEED = 2**31 - 1
@@ -145,6 +146,20 @@ def _size(value: Any) -> int:
         raise PydanticCustomError("size", "{reason}", {"reason": str(error)}) from error
 
 
+def _mask(value: Any) -> float | str:
+    try:
+        if isinstance(value, str) or _is_ratio(value):
+            Pattern.of(value)
+            return value if isinstance(value, str) else float(value) + 0.0
+    except PruningError:
+        pass
+    raise PydanticCustomError(
+        "mask",
+        "a mask is the fraction of weights to set to 0, from 0 up to, but not, 1; or N:M in "
+        'quotes, such as "2:4"',
+    )
+
+
 def _is_ratio(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
@@ -159,6 +174,7 @@ _SIZE = {
         {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmM][iI]?)?[bB]?\s*$"},
     ]
 }
+_MASK = {"anyOf": [_RATIO, {"type": "string", "pattern": "^[0-9]+:[0-9]+$"}]}
 _SCHEDULE = {
     "anyOf": [{"enum": list(ALLOCATIONS)}, {"type": "array", "items": _RATIO, "minItems": 1}]
 }
@@ -169,7 +185,10 @@ Views = Annotated[int | None, PlainValidator(_views), WithJsonSchema(_VIEWS)]
 Gpus = Annotated[float | None, PlainValidator(_gpus), WithJsonSchema(_GPUS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
-Criterion = Annotated[str, _known("criterion", list(CRITERIA)), _names(CRITERIA)]
+Criterion = Annotated[
+    str, _known("criterion", sorted({*CRITERIA, *SPARSE})), _names(sorted({*CRITERIA, *SPARSE}))
+]
+Mask = Annotated[float | str, PlainValidator(_mask), WithJsonSchema(_MASK)]
 Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS)), _names(COMPENSATIONS)]
 Allocation = Annotated[str, _known("allocation", list(BUDGETED)), _names(BUDGETED)]
 Bits = Annotated[str, _known("scheme", list(SCHEMES)), _names(SCHEMES)]
@@ -327,17 +346,21 @@ class CalibrationSection(_Section):
         Field(min_length=1, description="draw views and rays; sets of one seed are nested"),
     ] = [0]
     weighting: Annotated[
-        list[Literal["uniform", "render"]],
+        list[Literal["uniform", "render", "detail"]],
         Listed,
-        Field(min_length=1, description="of samples: all alike, or by their render weights"),
+        Field(
+            min_length=1,
+            description="of samples: all alike, by their render weights, or with rays drawn more "
+            "often where the photos have detail",
+        ),
     ] = ["uniform"]
 
 
 class PruneSection(_Section):
     """One grid of prunings: every combination is a trial.
 
-    A grid removes fractions of the channels (`ratios`, spread by `schedules`) or prunes to the size
-    of the model file (`sizes`, shared out by `allocations`).
+    A grid removes fractions of the channels (`ratios`, spread by `schedules`), prunes to the size
+    of the model file (`sizes`, shared out by `allocations`), or sets single weights to 0 (`masks`).
     """
 
     networks: Annotated[
@@ -393,6 +416,20 @@ class PruneSection(_Section):
     bits: Annotated[
         list[Bits], Listed, Field(min_length=1, description="how the file stores its weights")
     ] = ["fp32"]
+    masks: Annotated[
+        list[Mask],
+        Listed,
+        Field(min_length=1, description='fractions of single weights to set to 0, or "2:4"'),
+    ] = []
+    errors: Annotated[
+        list[Literal["layer", "pixel"]],
+        Listed,
+        Field(
+            min_length=1,
+            description="whose errors `obs` and allocations weigh: a layer's readers', or the "
+            "pixel's",
+        ),
+    ] = ["layer"]
 
     @model_validator(mode="before")
     @classmethod
@@ -400,6 +437,8 @@ class PruneSection(_Section):
         """A grid of sizes that says no more gets the best method known."""
         if isinstance(data, dict) and "sizes" in data:
             return {"criteria": "obs", "compensation": "obs", **data}
+        if isinstance(data, dict) and "masks" in data:
+            return {"criteria": "sparsegpt", **data}
         return data
 
 

@@ -11,7 +11,8 @@ from nerf.training import Recipe
 from orchestrator.keys import content_key
 
 NetworkScope = Literal["coarse", "fine", "both", "shared"]
-Weighting = Literal["uniform", "render"]
+Weighting = Literal["uniform", "render", "detail"]
+Errors = Literal["layer", "pixel"]
 Schedule = str | tuple[float, ...]
 
 
@@ -23,7 +24,8 @@ class CalibrationAxes:
         views: numbers of training views; None stands for all of them.
         rays: numbers of rays a view.
         seeds: seeds that draw them.
-        weightings: how much each sample counts: all alike, or by its render weight.
+        weightings: how much each sample counts: all alike, by its render weight, or with rays drawn
+            more often where the photos have detail.
     """
 
     views: tuple[int | None, ...] = (None,)
@@ -34,20 +36,25 @@ class CalibrationAxes:
 
 @dataclass(frozen=True)
 class PruneGrid:
-    """One grid of prunings, by `ratios` or to `sizes`: every combination of its axes is a trial.
+    """One grid of prunings, by `ratios`, to `sizes` or by `masks`.
+
+    Every combination of its axes is a trial.
 
     Attributes:
         networks: which networks are pruned; ``shared`` is the fine one, used for both passes.
         criteria: names of scoring rules.
-        ratios: fractions of channels to remove, in [0, 1); empty in a grid of sizes.
+        ratios: fractions of channels to remove, in [0, 1); empty in other grids.
         schedules: how a ratio is spread over the layers: a name, or one ratio a hidden layer
             (which stands for itself, whatever `ratios` says).
         calibration: the calibration sets.
         compensations: what the readers of removed channels do.
-        sizes: of the model file in bytes; empty in a grid of ratios.
+        sizes: of the model file in bytes; empty in other grids.
         allocations: how a size is shared out among the layers.
         coarse_weights: how much the errors of the coarse network count when a size is shared out.
         bits: how the file stores its weights.
+        masks: fractions of single weights to set to 0, or patterns such as 2:4; empty in other
+            grids.
+        errors: whose errors are weighed: those of a layer's readers, or the pixel's.
     """
 
     networks: tuple[NetworkScope, ...]
@@ -60,6 +67,8 @@ class PruneGrid:
     allocations: tuple[str, ...] = ("chain",)
     coarse_weights: tuple[float, ...] = (0.1,)
     bits: tuple[str, ...] = ("fp32",)
+    masks: tuple[float | str, ...] = ()
+    errors: tuple[Errors, ...] = ("layer",)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pruning import (
     collect,
     compensate,
     remove,
+    sequential,
 )
 from tests.pruning_networks import (
     NERF_WIDTHS,
@@ -36,11 +37,15 @@ def statistics_of(network: Network, n_samples: int, seed: int = 1) -> Statistics
     return collect(network, [batch], ("mean", "gram")).subset()
 
 
+def batches_of(network: Network, n_samples: int, seed: int = 1) -> list[CalibrationBatch]:
+    return [CalibrationBatch(random_inputs(network, n_samples, seed))]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_all_changes_nothing(name: str) -> None:
     network = random_network(nerf_graph(), WIDTHS, seed=0)
     keep = {n: torch.ones(10, dtype=torch.bool) for n in network.graph.prunable()}
-    same = compensate(network, keep, name, statistics_of(network, 50))
+    same = compensate(network, keep, name, statistics_of(network, 50), batches_of(network, 50))
     for layer in network.weights:
         assert torch.equal(same.weights[layer], network.weights[layer])
         assert torch.equal(same.biases[layer], network.biases[layer])
@@ -57,7 +62,7 @@ def test_shapes_are_those_of_removal_and_weights_are_finite(
     statistics = statistics_of(network, n_samples)
     shapes = {name: W.shape for name, W in remove(network, keep).weights.items()}
     for name in NAMES:
-        smaller = compensate(network, keep, name, statistics)
+        smaller = compensate(network, keep, name, statistics, batches_of(network, n_samples))
         assert {n: W.shape for n, W in smaller.weights.items()} == shapes
         assert all(torch.isfinite(W).all() for W in smaller.weights.values())
 
@@ -72,7 +77,7 @@ def test_channels_that_emit_a_constant_are_removed_without_loss(name: str) -> No
         network.biases[layer][4] = 0.7  # on for good
         keep[layer] = torch.ones(10, dtype=torch.bool)
         keep[layer][[1, 4]] = False
-    smaller = compensate(network, keep, name, statistics_of(network, 200))
+    smaller = compensate(network, keep, name, statistics_of(network, 200), batches_of(network, 200))
     inputs = random_inputs(network, 30, seed=9)
     for head, expected in heads(network, inputs).items():
         torch.testing.assert_close(heads(smaller, inputs)[head], expected, rtol=1e-9, atol=1e-9)
@@ -85,7 +90,7 @@ def test_precision_stays_and_the_dense_network_too(name: str) -> None:
     batch = CalibrationBatch(random_inputs(network, 40, 1, torch.float32))
     statistics = collect(network, [batch], ("mean", "gram")).subset()
     keep = {n: torch.arange(10) % 2 == 0 for n in network.graph.prunable()}
-    smaller = compensate(network, keep, name, statistics)
+    smaller = compensate(network, keep, name, statistics, [batch])
     assert {W.dtype for W in smaller.weights.values()} == {torch.float32}
     assert all(torch.equal(before[n], network.weights[n]) for n in before)
 
@@ -105,7 +110,13 @@ def test_statistics_of_another_network_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_it_does(name: str) -> None:
-    assert inspect.getdoc(COMPENSATIONS[name].of)
+    assert inspect.getdoc(COMPENSATIONS[name].of or sequential)
+
+
+def test_what_goes_through_the_batches_asks_for_them() -> None:
+    network = random_network(nerf_graph(), WIDTHS, seed=0)
+    with pytest.raises(PruningError, match="'sequential' goes through the calibration batches"):
+        compensate(network, {}, "sequential", statistics_of(network, 20))
 
 
 def test_unknown_names_are_refused() -> None:

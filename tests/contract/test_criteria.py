@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from functools import reduce
 
 import pytest
 import torch
@@ -40,9 +41,10 @@ def statistics_for(network: Network, criterion: str) -> Statistics | None:
     inputs = random_inputs(network, 40, seed=1, dtype=torch.float32)
     batch = CalibrationBatch(inputs)
     moments = moments_for([criterion])
-    if not CRITERIA[criterion].gradients:
-        return collect(network, [batch], moments).subset()
-    return collect_gradients(network, [batch], energy).subset()
+    passes = [collect(network, [batch], moments).subset()] if moments else []
+    if CRITERIA[criterion].gradients:
+        passes.append(collect_gradients(network, [batch], energy).subset())
+    return reduce(Statistics.joined, passes)
 
 
 def energy(outputs: Mapping[str, Tensor], batch: CalibrationBatch) -> Tensor:

@@ -23,6 +23,7 @@ NETWORK = random_network(nerf_graph(), WIDTHS, seed=0, dtype=torch.float32)
 INPUTS = random_inputs(NETWORK, 80, seed=1, dtype=torch.float32)
 STATISTICS = collect(NETWORK, [CalibrationBatch(INPUTS)], ("gram",)).subset()
 NAMES = [
+    "awq4",
     "bf16",
     "fp16",
     "fp32",
@@ -41,17 +42,16 @@ def difference(network: Network) -> float:
 
 
 def test_every_kind_of_scheme_is_here() -> None:
-    def kinds(names: Iterable[str]) -> set[tuple[str, bool, bool]]:
-        return {(s.kind, s.symmetric, s.gptq) for s in (SCHEMES[n] for n in names)}
+    def kinds(names: Iterable[str]) -> set[tuple[str, bool, bool, bool]]:
+        return {(s.kind, s.symmetric, s.gptq, s.balanced) for s in (SCHEMES[n] for n in names)}
 
     assert kinds(NAMES) == kinds(SCHEMES)
 
 
-@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_stored_comes_back(name: str, entropy: bool) -> None:
+def test_what_is_stored_comes_back(name: str) -> None:
     quantized = quantize(NETWORK, name, STATISTICS)
-    tensors = safetensors.torch.load(safetensors.torch.save(quantized.tensors(entropy)))
+    tensors = safetensors.torch.load(safetensors.torch.save(quantized.tensors()))
     again = Quantized.from_tensors(NETWORK.graph, quantized.schemes, tensors).network()
     for layer, W in quantized.network().weights.items():
         assert torch.equal(again.weights[layer], W)
@@ -67,20 +67,18 @@ def test_bytes_are_those_of_bits_scales_and_biases(name: str) -> None:
         if scheme.kind == "float":
             expected += (W.numel() + out) * scheme.bits // 8
             continue
-        expected += 5 + (W.numel() * scheme.bits + 7) // 8 + 2 * out
+        expected += (W.numel() * scheme.bits + 7) // 8 + 2 * out
         expected += 2 * 2**scheme.bits if scheme.kind == "codebook" else 2 * out
         expected += 2 * out if scheme.kind == "uniform" and not scheme.symmetric else 0
         assert layer in NETWORK.weights
-    quantized = quantize(NETWORK, name, STATISTICS)
-    assert quantized.n_bytes() == expected
-    assert quantized.n_bytes(entropy=True) <= expected
+    assert quantize(NETWORK, name, STATISTICS).n_bytes() == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_never_hurt_much_and_are_optional(name: str) -> None:
     with_them = difference(quantize(NETWORK, name, STATISTICS).network())
-    if SCHEMES[name].gptq:
-        with pytest.raises(PruningError, match="Gram matrix"):
+    if SCHEMES[name].needs_statistics:
+        with pytest.raises(PruningError, match=r"Gram matrix|calibration statistics"):
             quantize(NETWORK, name)
         return
     without = difference(quantize(NETWORK, name).network())
@@ -99,8 +97,9 @@ def test_values_that_do_not_fit_are_refused_by_layer(name: str) -> None:
         if name == "bf16":
             quantize(network, name)
         else:
-            with pytest.raises(PruningError, match=r"'trunk\.3' has values beyond"):
-                quantize(network, name, None if not SCHEMES[name].gptq else STATISTICS)
+            said = "are NaN or infinite" if name == "awq4" else "has values beyond"
+            with pytest.raises(PruningError, match=rf"'trunk\.3' {said}"):
+                quantize(network, name, STATISTICS if SCHEMES[name].needs_statistics else None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,5 +124,5 @@ def test_a_pruned_network_is_quantised(name: str) -> None:
     small = remove(NETWORK, keep)
     statistics = collect(small, [CalibrationBatch(INPUTS)], ("gram",)).subset()
     quantized = quantize(small, name, statistics)
-    again = Quantized.from_tensors(small.graph, quantized.schemes, quantized.tensors(True))
+    again = Quantized.from_tensors(small.graph, quantized.schemes, quantized.tensors())
     assert again.network().parameters() == small.parameters()

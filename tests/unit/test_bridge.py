@@ -13,7 +13,8 @@ from nerf.rendering import RenderSettings, render_rays
 from nerf.training import RayPool
 from orchestrator import bridge
 from orchestrator.bridge import as_one, calibrate, field_of, from_one, network_of
-from orchestrator.stages import achieved_ratio, prune_model, sizes
+from orchestrator.compress import prune_model
+from orchestrator.stages import achieved_ratio, sizes
 from pruning import prune
 from pruning.surgery import mask, remove
 from tests.tiny_scene import tiny_scene

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from nerf.checkpoints import load_model, model_size
+from nerf.checkpoints import load_model, model_size, save_model
 from nerf.errors import CheckpointError
 from nerf.evaluation import HeldOut
 from nerf.field import FieldShape, NerfModel, SampleCounts
@@ -18,23 +18,34 @@ from nerf.packing import Packed
 from nerf.scenes import write_demo_scene
 from orchestrator.bridge import calibration_batches, graph_of, network_of
 from orchestrator.cli import main
-from orchestrator.compress import packed, write_model
+from orchestrator.compress import packed
 from orchestrator.errors import SpecError
 from orchestrator.plan import Needs, Plan, Trial, make_plan
 from orchestrator.progress import describe
 from orchestrator.provenance import Origin
 from orchestrator.report.data import is_uniform
 from orchestrator.results import Record, method_of
-from orchestrator.spec import Sweep, load, read_text
+from orchestrator.spec import Sweep, read_text
 from orchestrator.stages import MODEL, Stopwatch, Workbench
 from orchestrator.store import Store
 from orchestrator.tracking.names import params, run_name
 from orchestrator.units import parse_bytes
-from pruning import COMPENSATIONS, SCHEMES, BudgetError, cells, price_of, quantize
+from pruning import (
+    COMPENSATIONS,
+    SCHEMES,
+    BudgetError,
+    CalibrationBatch,
+    StatisticsError,
+    cells,
+    collect,
+    price_of,
+    quantize,
+)
 from tests.tiny_scene import tiny_scene
 
 SHAPE = FieldShape((9, 8, 7, 6), skip=1, feature=5, view=4, point_octaves=2, direction_octaves=1)
-SCHEME_NAMES = ["fp16", "bf16", "int8", "int6", "int3", "uint4", "kmeans3"]
+SCHEME_NAMES = ["fp16", "bf16", "int8", "int6", "int3", "uint4", "kmeans3", "gptq3", "awq5"]
+SAMPLES = [CalibrationBatch({n: torch.randn(90, k) for n, k in graph_of(SHAPE).external.items()})]
 
 
 def sweep_of(*grids: dict[str, Any], **sections: Any) -> Sweep:
@@ -137,7 +148,7 @@ def record_of(trial: Trial) -> Record:
     ("grid", "path", "said"),
     [
         ({}, "prune[0].ratios", "required (or `sizes`"),
-        ({"ratios": 0.5, "sizes": 9000}, "prune[0].sizes", "two grids"),
+        ({"ratios": 0.5, "sizes": 9000}, "prune[0].sizes", "grids of their own"),
         ({"sizes": 9000, "schedules": ["uniform"]}, "prune[0].schedules", "`allocations`"),
         ({"ratios": 0.5, "allocations": "chain"}, "prune[0].allocations", "`schedules`"),
         ({"ratios": 0.5, "coarse_weight": 0.1}, "prune[0].coarse_weight", "only a grid"),
@@ -146,8 +157,21 @@ def record_of(trial: Trial) -> Record:
             "prune[0].coarse_weight",
             "both",
         ),
-        ({"ratios": 0.5, "criteria": "taylor"}, "prune[0].criteria", "gradients"),
-        ({"ratios": 0.5, "bits": "gptq4"}, "prune[0].bits", "'int4' does not"),
+        ({"ratios": 0.5, "criteria": "ria"}, "prune[0].criteria", "a grid with `masks`"),
+        ({"masks": 0.5, "criteria": "obs"}, "prune[0].criteria", "scores channels"),
+        ({"masks": 0.5, "ratios": 0.5}, "prune[0].masks", "grids of their own"),
+        ({"masks": 1.0}, "prune[0].masks", "2:4"),
+        ({"masks": "4:2"}, "prune[0].masks", "2:4"),
+        ({"masks": 0.5, "bits": "gptq4"}, "prune[0].bits", "move the zeros"),
+        ({"masks": 0.5, "bits": "kmeans4"}, "prune[0].bits", "move the zeros"),
+        ({"masks": 0.5, "compensation": "obs"}, "prune[0].compensation", "no channels"),
+        ({"sizes": 9000, "allocations": "pfp"}, "prune[0].allocations", "sensitivity"),
+        (
+            {"sizes": 9000, "allocations": "aap", "criteria": ["activation", "obs"]},
+            "prune[0].allocations",
+            "criterion activation alone",
+        ),
+        ({"ratios": 0.5, "errors": "pixel"}, "prune[0].errors", "criterion `obs`"),
         ({"ratios": 0.5, "bits": "int88"}, "prune[0].bits", "did you mean 'int8'?"),
         ({"ratios": 0.5, "compensation": "obss"}, "prune[0].compensation", "did you mean 'obs'?"),
         ({"sizes": 9000, "allocations": ["chian"]}, "prune[0].allocations[0]", "'chain'?"),
@@ -191,8 +215,9 @@ def test_other_sizes_are_refused(bad: Any) -> None:
 
 
 def test_what_was_there_keeps_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of the demo sweep as they were before there was anything but ratios."""
-    sweep = load(Path(__file__).parents[2] / "sweeps" / "demo.yaml")
+    """Keys of the demo sweep as they were before there were validation rays, sizes and masks."""
+    path = Path(__file__).parents[2] / "sweeps" / "demo.yaml"
+    sweep = read_text(path.read_text().replace("\ntrain:\n", "\ntrain:\n  validation: 0.0\n"), path)
     monkeypatch.chdir(tmp_path)
     plan = make_plan(sweep, Store(tmp_path / "out"))
     assert sweep.hash == "00ea2d49ca075147"
@@ -233,7 +258,9 @@ def test_compensation_of_a_data_free_criterion_calls_for_calibration(tmp_path: P
         {"ratios": 0.5, "criteria": "magnitude", "compensation": [*COMPENSATIONS]},
         {"sizes": 9000, "criteria": "magnitude", "allocations": "uniform", "compensation": "none"},
     )
-    assert [t.statistics is not None for t in trials] == [False, True, True, True, False]
+    assert [t.statistics is not None for t in trials] == [False, True, True, True, False, False]
+    # Sequential solving needs the samples themselves.
+    assert [t.config.calibration is not None for t in trials] == [False, *[True] * 4, False]
 
 
 # --- calibration --------------------------------------------------------------------------------
@@ -264,6 +291,10 @@ def test_samples_count_by_their_render_weights() -> None:
 # --- files --------------------------------------------------------------------------------------
 
 
+def write_model(path: Path, model: NerfModel, bits: str, info: dict[str, Any]) -> int:
+    return save_model(path, model, info, packed(model, bits, lambda _: SAMPLES))
+
+
 def a_model(shared: bool = False) -> NerfModel:
     model = NerfModel.create(SHAPE, SampleCounts(5, 4), 0)
     smaller = replace(SHAPE, trunk=(3, 2, 1, 4), feature=3, view=1)
@@ -283,7 +314,10 @@ def test_files_hold_what_quantisation_gives(tmp_path: Path, bits: str, shared: b
     assert loaded.samples == model.samples
     assert loaded.parameters() == sum(f.shape.parameters() for f in model.stored().values())
     for name, field in model.stored().items():
-        expected = quantize(network_of(field), bits).network()
+        statistics = None
+        if SCHEMES[bits].needs_statistics:
+            statistics = collect(network_of(field), SAMPLES, ("gram",)).subset()
+        expected = quantize(network_of(field), bits, statistics).network()
         got = network_of(loaded.networks()[name])
         assert loaded.networks()[name].shape == field.shape
         for layer in expected.weights:
@@ -291,17 +325,21 @@ def test_files_hold_what_quantisation_gives(tmp_path: Path, bits: str, shared: b
             assert torch.equal(got.biases[layer], expected.biases[layer])
 
 
-def test_every_scheme_but_feedback_can_be_written(tmp_path: Path) -> None:
-    for bits, scheme in SCHEMES.items():
-        if not scheme.gptq:
-            write_model(tmp_path / bits, a_model(), bits, {})
-            load_model(tmp_path / bits)
+def test_every_scheme_can_be_written(tmp_path: Path) -> None:
+    for bits in SCHEMES:
+        write_model(tmp_path / bits, a_model(), bits, {})
+        load_model(tmp_path / bits)
+
+
+def test_schemes_that_look_at_samples_say_so(tmp_path: Path) -> None:
+    with pytest.raises(StatisticsError, match="'awq4' look at what the pruned network"):
+        packed(a_model(), "awq4")
 
 
 def test_prices_are_those_of_files(tmp_path: Path) -> None:
     """A file is its header, some bytes a layer, and what `price_of` says of weights and outputs."""
     small, large = (NerfModel.create(replace(SHAPE, view=v), SampleCounts(), 0) for v in (4, 6))
-    for bits in ("fp32", *SCHEME_NAMES):
+    for bits in ("fp32", "fp16", "int8"):  # few of 8 bits are shorter when coded
         price = price_of(bits)
         grown = [model_size(m, {}, packed(m, bits)) for m in (small, large)]
         # Two more outputs of the view branch, of 14 inputs each, and 2 × 3 weights of rgb; twice.
@@ -366,6 +404,7 @@ def test_arrays_of_another_network_are_not_packed() -> None:
         {n: a for n, a in arrays.items() if n != "rgb/scale"},
         {**arrays, "rgb/bias": arrays["rgb/bias"].float()},
         {**arrays, "rgb/codes": arrays["rgb/codes"][1:]},
+        {**arrays, "rgb/codes": arrays["rgb/codes"].int()},
     ):
         with pytest.raises(CheckpointError, match="rgb/"):
             Packed(field.shape, "int4", bad).row()
@@ -397,6 +436,26 @@ GRIDS: list[dict[str, Any]] = [
         "bits": ["fp32", "uint4"],
         **DEMO,
     },
+    {
+        "ratios": 0.5,
+        "criteria": ["taylor", "taylor_fo2", "fisher", "thinet", "sensitivity"],
+        **DEMO,
+    },
+    {"ratios": 0.5, "criteria": ["taylor", "fluctuation"], "compensation": "least_squares", **DEMO},
+    {"ratios": 0.3, "bits": ["gptq4", "awq4"], **DEMO},
+    {"sizes": 4500, "bits": "gptq5", "networks": "shared", **DEMO},
+    {"sizes": 15_000, "criteria": "sensitivity", "allocations": "pfp", **DEMO},
+    {"sizes": 15_000, "criteria": "activation", "allocations": "aap", **DEMO},
+    {"sizes": 15_000, "errors": "pixel", **DEMO},
+    {"ratios": 0.5, "criteria": "obs", "compensation": "obs", "errors": "pixel", **DEMO},
+    {"sizes": 15_000, "calibration": {**DEMO["calibration"], "weighting": "detail"}},
+    {
+        "masks": [0.5, "2:4"],
+        "criteria": ["magnitude", "wanda", "ria", "sparsegpt"],
+        "networks": ["both", "shared"],
+        **DEMO,
+    },
+    {"masks": 0.5, "criteria": "magnitude", "bits": ["fp16", "int4"], **DEMO},
 ]
 
 
@@ -521,8 +580,7 @@ def test_the_command_knows_bits_shared_networks_and_compensation(
         (("--ratio", "0.5", "--allocation", "chain"), "--schedule"),
         (("--ratio", "0.5", "--coarse-weight", "1"), "--size"),
         (("--ratio", "0.5", "--bits", "int88"), "did you mean 'int8'?"),
-        (("--ratio", "0.5", "--bits", "gptq4"), "statistics"),
-        (("--ratio", "0.5", "--criterion", "taylor"), "gradients"),
+        (("--ratio", "0.5", "--criterion", "taylr"), "did you mean 'taylor'?"),
         (("--ratio", "0.5", "--compensation", "obss"), "did you mean 'obs'?"),
         (("--size", "1000"), "too small"),
     ],

@@ -1,5 +1,6 @@
 """Each criterion against a slow reference: one channel, one reader, one sample at a time."""
 
+import itertools
 from collections.abc import Mapping
 
 import pytest
@@ -94,6 +95,24 @@ def gradient_of_gate(name: str, j: int) -> Tensor:
     return torch.stack(sums)
 
 
+def gradient_of_output(name: str) -> Tensor:
+    """∂L/∂z of a layer before its activation, by sample: central differences, one at a time."""
+    found = torch.zeros(24, NETWORK.width(name), dtype=torch.float64)
+    for sample, j in itertools.product(range(24), range(NETWORK.width(name))):
+        values = []
+        for step in (1e-5, -1e-5):
+            computed = dict(INPUTS)
+            for layer in NETWORK.graph.layers:
+                x = torch.cat([computed[n] for n in layer.inputs], dim=1)
+                z = x @ NETWORK.weights[layer.name].T + NETWORK.biases[layer.name]
+                if layer.name == name:
+                    z[sample, j] += step
+                computed[layer.name] = z.relu() if layer.relu else z
+            values.append(loss(computed, Photo({})))
+        found[sample, j] = (values[0] - values[1]) / 2e-5
+    return found
+
+
 def thinet(name: str) -> list[float]:
     n = NETWORK.width(name)
 
@@ -139,6 +158,9 @@ def reference(criterion: str, name: str) -> list[float]:  # noqa: PLR0911 (one c
                 float((run_weight * gradient_of_gate(name, j) ** 2).sum() / run_weight.sum())
                 for j in range(n)
             ]
+        case "fisher":
+            g = gradient_of_output(name)
+            return [expect(g[:, j] ** 2) * expect(a[:, j] ** 2) / 2 for j in range(n)]
     raise AssertionError(criterion)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.spec import Sweep, load, read_text
 from orchestrator.spec.load import MAX_DEPTH, MAX_NODES
-from pruning import CRITERIA
+from pruning import CRITERIA, SPARSE
 from tests.unit.sweep_builder import TINY, mapping, sweep, text
 
 SWEEPS = sorted(Path("sweeps").glob("*.yaml"))
@@ -229,8 +229,9 @@ def test_every_mistake_is_reported_at_once() -> None:
 
 def test_a_mistake_shows_path_value_and_what_is_allowed() -> None:
     message = str(only(mapping(prune__0__criteria="activaton")))
+    names = ", ".join(sorted({*CRITERIA, *SPARSE}))
     assert message == (
-        f"prune[0].criteria: unknown criterion; allowed are {', '.join(CRITERIA)}; "
+        f"prune[0].criteria: unknown criterion; allowed are {names}; "
         "did you mean 'activation'? (got 'activaton')"
     )
 

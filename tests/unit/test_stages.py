@@ -321,7 +321,7 @@ def test_what_is_in_the_store_is_not_done_again(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("this was done already")
 
-    monkeypatch.setattr(stages, "prune", never)
+    monkeypatch.setattr(stages, "compress", never)
     monkeypatch.setattr(stages, "calibrate", never)
     monkeypatch.setattr(stages.Trainer, "advance", never)
     bench, _ = bench_of(store, scene_folder)

@@ -91,7 +91,7 @@ def test_calibration_draws_every_ray_but_the_validation_rays():
     def drawn(validation):
         wanted = [Cell((0, 0), (3, 42))]
         chunks = [
-            rays for _, rays in bridge._ray_chunks(scene, wanted, 0, CPU, validation=validation)
+            rays for _, rays, _ in bridge._ray_chunks(scene, wanted, 0, CPU, validation=validation)
         ]
         return {(tuple(o), tuple(d)) for r in chunks for o, d in zip(*map_lists(r), strict=True)}
 

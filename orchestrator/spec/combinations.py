@@ -1,0 +1,100 @@
+"""Settings of one grid of prunings that make no sense together, each with the reason."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pruning import BUDGETED, CRITERIA, SCHEMES, SPARSE
+
+TARGETS = ("ratios", "sizes", "masks")
+
+
+def combinations(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The mistakes of a grid as it stands in the file: the key that is wrong, and why.
+
+    Names that do not exist are left to the schema.
+    """
+    targets = [key for key in TARGETS if key in grid]
+    if not targets:
+        yield (
+            "ratios",
+            "this key is required (or `sizes`, in bytes of the model file, or `masks`)",
+        )
+    for extra in targets[1:]:
+        yield extra, f"a grid has {' or '.join(TARGETS)}; put them into grids of their own"
+    if len(targets) != 1:
+        return
+    found = {
+        "ratios": _with_ratios,
+        "sizes": _with_sizes,
+        "masks": _with_masks,
+    }[targets[0]](grid)
+    yield from dict(found).items()
+
+
+def _names(grid: dict[str, Any], key: str, default: str) -> list[str]:
+    """The names that a key lists, given or by default."""
+    given = grid.get(key, default)
+    return [name for name in (given if isinstance(given, list) else [given]) if type(name) is str]
+
+
+def _with_ratios(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("allocations", "coarse_weight"):
+        if key in grid:
+            yield key, "only a grid with `sizes` has this; ratios are spread by `schedules`"
+    yield from _of_channels(grid, "activation")
+    if "pixel" in _names(grid, "errors", "layer") and "obs" not in _names(
+        grid, "criteria", "activation"
+    ):
+        yield "errors", "nothing weighs errors here: that is for criterion `obs` and for `sizes`"
+
+
+def _with_sizes(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "schedules" in grid:
+        yield (
+            "schedules",
+            "schedules spread a ratio and sizes have none; `allocations` share out a size",
+        )
+    if "coarse_weight" in grid and "both" not in _names(grid, "networks", "both"):
+        yield (
+            "coarse_weight",
+            "only `networks: both` shares a size out between two networks",
+        )
+    yield from _of_channels(grid, "obs")
+    criteria = _names(grid, "criteria", "obs")
+    for name in _names(grid, "allocations", "chain"):
+        only = BUDGETED[name].only_with if name in BUDGETED else None
+        if only is not None and not {*criteria} <= {*only}:
+            yield (
+                "allocations",
+                f"{name!r} is defined on the scores of criterion {' or '.join(only)} alone, "
+                f"and the grid has {', '.join(criteria)}",
+            )
+
+
+def _with_masks(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("schedules", "allocations", "coarse_weight", "compensation", "errors"):
+        if key in grid:
+            yield (
+                key,
+                "a mask sets the same fraction of single weights to 0 in each layer, so there are "
+                "no channels to spread, weigh or make up for",
+            )
+    for name in _names(grid, "criteria", "sparsegpt"):
+        if name in CRITERIA and name not in SPARSE:
+            yield (
+                "criteria",
+                f"{name!r} scores channels; single weights are scored by {', '.join(SPARSE)}",
+            )
+    for name in _names(grid, "bits", "fp32"):
+        if name in SCHEMES and not SCHEMES[name].keeps_zeros:
+            yield (
+                "bits",
+                f"{name!r} would move the zeros of a mask; fp32, fp16, bf16 and int2 to int8 keep "
+                "them",
+            )
+
+
+def _of_channels(grid: dict[str, Any], criterion: str) -> Iterator[tuple[str, str]]:
+    for name in _names(grid, "criteria", criterion):
+        if name in SPARSE and name not in CRITERIA:
+            yield "criteria", f"{name!r} scores single weights; it is for a grid with `masks`"
