@@ -1,5 +1,6 @@
 """Where a result comes from: commit, hardware, versions."""
 
+import json
 import os
 import platform
 import socket
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from nerf.devices import describe_device
 from orchestrator.results import Provenance
 
 COMMIT_VARIABLE = "PRUNEFIELD_COMMIT"
+BUNDLE = "bundle.json"
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,28 @@ def package_version() -> str:
         return "uninstalled"
 
 
+def code_folder() -> Path:
+    """The folder that holds our packages."""
+    return Path(__file__).resolve().parents[1]
+
+
+def bundle_info() -> dict[str, Any] | None:
+    """What `orchestrator.bundle` wrote beside this code when it was shipped; None if it was not."""
+    try:
+        return dict(json.loads((code_folder() / BUNDLE).read_text()))
+    except (OSError, ValueError):
+        return None
+
+
 def git_commit(folder: Path) -> str | None:
     """The commit checked out around a folder, or None.
 
-    Where the code was copied without its repository (an image, a cluster), ``PRUNEFIELD_COMMIT``
-    may name it.
+    Where the code was shipped to a cluster, its bundle knows it; where it was copied without its
+    repository otherwise (an image), ``PRUNEFIELD_COMMIT`` may name it.
     """
+    bundle = bundle_info()
+    if bundle is not None:
+        return bundle.get("commit")
 
     def git(*arguments: str) -> str | None:
         try:

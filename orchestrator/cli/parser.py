@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cli import analysis, models, sweeps
+from orchestrator.cli import analysis, models, remote, sweeps
 from orchestrator.provenance import package_version
 from orchestrator.units import parse_bytes
 
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     _sweep_commands(command)
+    _remote_commands(command)
     _model_commands(command)
     analysis.add_commands(command)
     return parser
@@ -93,6 +94,47 @@ def _sweep_commands(command: Callable[..., Any]) -> None:
     )
     ui.add_argument("sweep", type=Path, help="sweep file")
     ui.add_argument("--port", type=int, help="port on 127.0.0.1; a free one by default")
+
+
+def _remote_commands(command: Callable[..., Any]) -> None:
+    submit = command(
+        "submit",
+        remote.submit,
+        "run a sweep on a Ray cluster, brought up if its file says how",
+        "prunefield submit sweeps/demo.yaml --address http://127.0.0.1:8265 --detach",
+    )
+    submit.add_argument("file", type=Path, help="sweep file, or Ray cluster file with a sweep")
+    submit.add_argument(
+        "--address", metavar="URL", help="dashboard of a running cluster: send a Ray job there"
+    )
+    submit.add_argument("--detach", action="store_true", help="do not wait; say how to look again")
+
+    status = command(
+        "status",
+        remote.status,
+        "say how a sweep stands, from anywhere that reaches its tracking server",
+        "prunefield status sweeps/fern.yaml --json",
+    )
+    status.add_argument("--json", action="store_true", help="as JSON")
+    logs = command(
+        "logs",
+        remote.logs,
+        "show what the driver of a submitted sweep prints",
+        "prunefield logs sweeps/fern.yaml --follow",
+    )
+    logs.add_argument("-f", "--follow", action="store_true", help="until the sweep ends")
+    stop = command(
+        "stop",
+        remote.stop,
+        "end a submitted sweep as Ctrl-C would; what is finished stays",
+        "prunefield stop sweeps/fern.yaml",
+    )
+    for added in (status, logs, stop):
+        added.add_argument("sweep", help="sweep file, or name of a sweep with --tracking")
+        added.add_argument("--tracking", metavar="URI", help="MLflow server (that of the file)")
+        added.add_argument("--experiment", help="MLflow experiment (that of the file)")
+        added.add_argument("--job", metavar="ID", help="ask the Ray cluster instead, for this job")
+        added.add_argument("--address", metavar="URL", help="dashboard of the cluster, with --job")
 
 
 def _model_commands(command: Callable[..., Any]) -> None:

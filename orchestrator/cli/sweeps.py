@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from orchestrator.provenance import bundle_info
 from orchestrator.spec import load
 
 
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     finished = run_sweep(options.file)
     print(table(finished.data))
     print(f"\nreport: {finished.report.html}")
-    print(f"MLflow: prunefield ui {options.file}")
+    if bundle_info() is None:  # a shipped file is no place to look again
+        print(f"MLflow: prunefield ui {options.file}")
     if finished.results.failed:
         print(f"{len(finished.results.failed)} failed; they are listed in the report")
         return 1

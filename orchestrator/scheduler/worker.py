@@ -11,7 +11,7 @@ from orchestrator.provenance import Origin
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.queue import LANE, Item, Node, lost
-from orchestrator.spec import Sweep
+from orchestrator.spec import Sweep, relocated
 from orchestrator.stages import Stopwatch, Update, Workbench, failure_of
 from orchestrator.store import Store
 
@@ -42,7 +42,7 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Open the workbench; it stays open for every later trial of this actor."""
         self._nodes = nodes
         self._dispatcher = dispatcher
-        self._bench = Workbench(sweep, store, origin, exchange.find, exchange.publish)
+        self._bench = Workbench(relocated(sweep), store, origin, exchange.find, exchange.publish)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

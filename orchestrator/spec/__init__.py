@@ -5,7 +5,14 @@ every mistake. ``schema.py`` is the YAML edge (pydantic), ``mistakes.py`` turns 
 sentences, ``sweep.py`` holds what the rest of the project works with.
 """
 
-from orchestrator.spec.load import load, place_of, read_text
+from orchestrator.spec.load import (
+    cluster_part,
+    given_scene_path,
+    load,
+    place_of,
+    read_text,
+    relocated,
+)
 from orchestrator.spec.sweep import (
     CalibrationAxes,
     PruneGrid,
@@ -24,7 +31,10 @@ __all__ = [
     "StageResources",
     "Sweep",
     "TrackingSettings",
+    "cluster_part",
+    "given_scene_path",
     "load",
     "place_of",
     "read_text",
+    "relocated",
 ]

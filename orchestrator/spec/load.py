@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
 from orchestrator.errors import Mistake, SpecError
+from orchestrator.provenance import bundle_info, code_folder
+from orchestrator.spec.cluster import CLUSTER_KEYS, cluster_mistakes, is_cluster_file
 from orchestrator.spec.combinations import combinations
 from orchestrator.spec.mistakes import mistakes_of, path_of, shown
 from orchestrator.spec.schema import (
@@ -39,7 +42,6 @@ MAX_FILE_BYTES = 1_000_000
 MAX_NODES = 50_000
 MAX_DEPTH = 40
 MAX_TRIALS = 1_000_000
-CLUSTER_KEYS = {"cluster_name", "provider", "auth", "available_node_types", "head_node_type"}
 
 
 def load(path: Path | str) -> Sweep:
@@ -61,7 +63,8 @@ def read_text(text: str, source: Path) -> Sweep:
     Raises:
         SpecError: the text holds mistakes; all of them are listed.
     """
-    data, prefix = _sweep_part(_parse(text, source), source)
+    whole = _parse(text, source)
+    data, prefix = _sweep_part(whole, source)
     mistakes: list[Mistake] = []
     parsed = None
     try:
@@ -69,6 +72,8 @@ def read_text(text: str, source: Path) -> Sweep:
     except ValidationError as error:
         mistakes = mistakes_of(error, SweepFile, data, prefix)
     mistakes += _across(data, prefix)
+    if prefix:
+        mistakes += cluster_mistakes(whole)
     if parsed is not None:
         mistakes += _size(parsed, prefix)
     if parsed is None or mistakes:
@@ -86,6 +91,27 @@ def place_of(sweep: Sweep, *location: int | str) -> str:
     """
     data, prefix = _sweep_part(_parse(sweep.text, sweep.source), sweep.source)
     return path_of(location, data, prefix)
+
+
+def cluster_part(sweep: Sweep) -> dict[str, Any] | None:
+    """The Ray cluster file that a sweep's file is too, whole; None if it says nothing of Ray."""
+    whole = _parse(sweep.text, sweep.source)
+    return whole if is_cluster_file(whole) else None
+
+
+def given_scene_path(sweep: Sweep) -> Path | None:
+    """The path of the scene as the file gives it, only `~` expanded; None if it gives none."""
+    data, _ = _sweep_part(_parse(sweep.text, sweep.source), sweep.source)
+    path = data["scene"].get("path")
+    return None if path is None else Path(path).expanduser()
+
+
+def relocated(sweep: Sweep) -> Sweep:
+    """The sweep with its scene where this machine has it: a worker may keep it elsewhere."""
+    path = sweep.scene.path
+    if path is None or path.is_dir() or (given := given_scene_path(sweep)) is None:
+        return sweep
+    return replace(sweep, scene=replace(sweep.scene, path=_find_scene(str(given), sweep.source)))
 
 
 def _read(source: Path) -> str:
@@ -383,4 +409,6 @@ def _find_scene(path: str | None, source: Path) -> Path | None:
     places = [Path.cwd(), Path.cwd() / "data", source.resolve().parent]
     if os.environ.get("PRUNEFIELD_DATA"):
         places.insert(2, Path(os.environ["PRUNEFIELD_DATA"]))
+    if bundle_info() is not None:  # this code was shipped with the scene
+        places.insert(0, code_folder() / "data")
     return next((place / given for place in places if (place / given).is_dir()), given)

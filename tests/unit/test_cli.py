@@ -40,6 +40,10 @@ COMMANDS = (
     "pick",
     "compare",
     "schema",
+    "submit",
+    "status",
+    "logs",
+    "stop",
 )
 HOLDOUT = 19  # of 20 views: two are held out
 # Square after the first layer and without a skip: what a nerf-pytorch .tar can hold.

@@ -1,0 +1,181 @@
+"""Commands for sweeps that run elsewhere."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.spec import Sweep, cluster_part, load
+
+if TYPE_CHECKING:
+    from orchestrator.scheduler.jobs import Jobs
+    from orchestrator.tracking.control import Remote, SweepState
+
+FOLLOW_SECONDS = 5.0
+STOP_SECONDS = 60.0
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Run a sweep on a cluster."""
+    from orchestrator.errors import SweepError
+    from orchestrator.launch import launch
+
+    sweep = load(options.file)
+    config = cluster_part(sweep)
+    address = options.address or (None if config else os.environ.get("RAY_API_SERVER_ADDRESS"))
+    if address:
+        with tempfile.TemporaryDirectory(prefix="prunefield-submit-") as folder:
+            return submit_to(sweep, address, Path(folder), options.detach)
+    if config is None:
+        raise SweepError(
+            f"{options.file} does not say where Ray runs: give the cluster's address "
+            "(--address http://HEAD:8265), put the sweep under `metadata.sweep` of a Ray cluster "
+            f"file as in sweeps/fern.yaml, or run it here: prunefield run {options.file}"
+        )
+    return launch(sweep, config, options.detach)
+
+
+def submit_to(
+    sweep: Sweep, address: str, folder: Path, detach: bool = False, python: str = "python"
+) -> int:
+    """Run a sweep as a Ray job.
+
+    Args:
+        sweep: the sweep.
+        address: of the cluster's dashboard.
+        folder: an empty one, for the bundle.
+        detach: do not wait for the end.
+        python: the interpreter on the head.
+
+    Returns:
+        The exit status of the sweep; 0 if nobody waits for it.
+    """
+    from orchestrator.auth import settle
+
+    settle(address)
+    from orchestrator.bundle import make_bundle  # Ray comes after its mode is settled
+    from orchestrator.scheduler.jobs import Jobs
+
+    jobs = Jobs(address)
+    job = jobs.submit(make_bundle(sweep, folder / "bundle"), python)
+    print(f"job {job} on {address}", flush=True)
+    look = (
+        f"look again: prunefield status {sweep.source} | logs {sweep.source} --follow | "
+        f"stop {sweep.source}, with --job {job} --address {address} where its tracking server "
+        "cannot be reached"
+    )
+    if detach:
+        print(look)
+        return 0
+    try:
+        return jobs.follow(job, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"\nprunefield: the job goes on. {look}", file=sys.stderr)
+        return 130
+
+
+def status(options: argparse.Namespace) -> int:
+    """Say how a sweep stands."""
+    if options.job:
+        state = _jobs(options).state(options.job)
+        print(json.dumps({"job": options.job, "state": state}) if options.json else state)
+        return 0 if state else 1
+    _, found = _look(options)
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+        return 0
+    print(f"sweep {found.name} ({found.hash}): {found.status}")
+    if found.job:
+        where = f" on cluster {found.cluster}" if found.cluster else ""
+        print(f"  job {found.job}{where}, last sign of life {found.heartbeat}")
+    if found.silent:
+        print("  the driver has been silent for a while: it may be dead; submit the sweep again")
+    print(f"  planned:  {found.planned}")
+    for label, counts in (("done", found.finished), ("failed", found.failed)):
+        if counts:
+            said = ", ".join(f"{count} {kind}s" for kind, count in sorted(counts.items()))
+            print(f"  {label + ':':<9} {said}")
+    for name, value in sorted(found.metrics.items()):
+        if not name.startswith("system/"):
+            print(f"  {name}: {value:g}")
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """Show what the driver of a submitted sweep prints."""
+    if options.job:
+        jobs = _jobs(options)
+        if options.follow:
+            return jobs.follow(options.job, lambda text: print(text, end="", flush=True))
+        print(jobs.logs(options.job), end="")
+        return 0
+    remote, found = _look(options)
+    shown = 0
+    while True:
+        text = remote.log(found)
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+        if not options.follow or found.status != "RUNNING":
+            return 0
+        time.sleep(FOLLOW_SECONDS)
+        found = remote.state(found.name, found.hash)
+
+
+def stop(options: argparse.Namespace) -> int:
+    """End a submitted sweep as Ctrl-C would."""
+    if options.job:
+        _jobs(options).stop(options.job)
+        print(f"job {options.job} was asked to stop")
+        return 0
+    remote, found = _look(options)
+    remote.ask_to_stop(found)
+    print(f"sweep {found.name} was asked to stop; it saves what it has …", flush=True)
+    deadline = time.monotonic() + STOP_SECONDS
+    while found.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(1.0)
+        found = remote.state(found.name, found.hash)
+    print(f"sweep {found.name}: {found.status}")
+    return 0 if found.status != "RUNNING" else 1
+
+
+def _jobs(options: argparse.Namespace) -> "Jobs":
+    from orchestrator.auth import settle
+    from orchestrator.errors import ClusterError
+
+    address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if not address:
+        raise ClusterError("--job needs the cluster's address too: --address http://HEAD:8265")
+    settle(address)
+    from orchestrator.scheduler.jobs import Jobs
+
+    return Jobs(address)
+
+
+def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
+    """Find a sweep, given by its file or by its name."""
+    from orchestrator.errors import SweepError
+    from orchestrator.sweep import open_sweep
+    from orchestrator.tracking import default_uri
+    from orchestrator.tracking.control import Remote
+
+    path = Path(options.sweep)
+    given = options.tracking or None
+    if path.is_file():
+        sweep, store = open_sweep(path)
+        remote = Remote(
+            given or sweep.tracking.uri or default_uri(store),
+            options.experiment or sweep.tracking.experiment,
+        )
+        return remote, remote.state(None, sweep.hash)
+    given = given or os.environ.get("MLFLOW_TRACKING_URI")
+    if not given:
+        raise SweepError(
+            f"there is no file {options.sweep}; to find a sweep by its name, say where it is "
+            "logged: --tracking http://HOST:5000, or MLFLOW_TRACKING_URI"
+        )
+    remote = Remote(given, options.experiment or "prunefield")
+    return remote, remote.state(options.sweep, None)
