@@ -93,6 +93,27 @@ def evaluate_pass(
     density, raw_rgb = field(points, rays.view_directions)
     if density_noise is not None:
         density = density + density_noise
+    return composite(density, raw_rgb, rays, t, settings)
+
+
+def composite(
+    density: Float[Tensor, "rays samples"],
+    raw_rgb: Float[Tensor, "rays samples 3"],
+    rays: Rays,
+    t: Float[Tensor, "rays samples"],
+    settings: RenderSettings,
+) -> Pass:
+    """The colour of each ray from what a network says at its samples.
+
+    Args:
+        density: raw density.
+        raw_rgb: colour before its sigmoid.
+        rays: the rays.
+        t: sample distances, ascending.
+        settings: background.
+
+    Source: Mildenhall et al. 2020, eq. 3.
+    """
     weights = render_weights(density.to(t.dtype), t, rays.directions.norm(dim=-1))
     rgb = (weights[..., None] * torch.sigmoid(raw_rgb.to(t.dtype))).sum(dim=-2)
     if settings.white_background:

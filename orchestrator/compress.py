@@ -292,7 +292,7 @@ def _shrink_to_file(
     }
     ranking = _ranking(networks, config, material)
     whole = with_fields(dense, config.networks, {})
-    price, everything = _price_in_files(whole, config.bits, info)
+    price, everything = price_in_files(whole, config.bits, info)
     fixed = everything - cost_of(networks, Budget(0, price), widths)
     best: tuple[int, NerfModel, dict[str, Packed] | None, dict[str, Pruned]] | None = None
     size, before, budget = everything, None, float(config.size) - fixed
@@ -336,7 +336,7 @@ def _shrink_to_file(
     return Compressed(_read_back(path, model, config.bits), pruned, size)
 
 
-def _price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tuple[Price, int]:
+def price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tuple[Price, int]:
     """What a weight takes in a file, coded, by the dense model's own file; and its size.
 
     Its rounding is the plain one of so many bits: what it looks at costs time and saves no bytes.

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, Literal
 
 from nerf.scenes import scene_fingerprint, training_view_count
 from nerf.training import Recipe
@@ -18,6 +18,7 @@ from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
 from orchestrator.spec import PruneGrid, Sweep, place_of
+from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import Errors, NetworkScope, Schedule, Weighting
 from orchestrator.store import Store
 from pruning import (
@@ -164,6 +165,8 @@ class TrialConfig:
         mask: fraction of the single weights of each layer to set to 0, or a pattern such as 2:4;
             None where whole channels are removed.
         errors: whether the errors that are weighed are those of a layer's readers or the pixel's.
+        recover: how it is trained after that, or None.
+        control: which control it is, in place of a pruning; a control has no criterion.
     """
 
     networks: NetworkScope
@@ -179,6 +182,8 @@ class TrialConfig:
     bits: str = "fp32"
     mask: float | str | None = None
     errors: Errors = "layer"
+    recover: Recover | None = None
+    control: ControlName | None = None
 
     @property
     def needs(self) -> Needs:
@@ -213,6 +218,8 @@ class TrialConfig:
             "bits": self.bits,
             "mask": self.mask,
             "errors": self.errors,
+            "recover": None if self.recover is None else self.recover.identity(),
+            "control": self.control,
         }
         return _without(
             later,
@@ -222,6 +229,8 @@ class TrialConfig:
             bits="fp32",
             mask=None,
             errors="layer",
+            recover=None,
+            control=None,
         )
 
     def flat(self) -> dict[str, Any]:
@@ -252,6 +261,13 @@ class TrialConfig:
         elif self.seed is not None:
             flat["seed"] = self.seed
         flat |= {f"layer_{i}_ratio": ratio for i, ratio in enumerate(self.layer_ratios)}
+        if self.recover is not None:
+            flat |= self.recover.flat()
+        if self.control is not None:
+            not_pruned = ("criterion", "ratio", "schedule", "allocation", "compensation")
+            flat = {"control": self.control} | {
+                name: value for name, value in flat.items() if name not in not_pruned
+            }
         return flat
 
 
@@ -272,6 +288,16 @@ class Trial:
     statistics: str | None
     config: TrialConfig
     cached: bool
+
+    @property
+    def kind(self) -> Literal["trial", "control"]:
+        """Where the store keeps its result."""
+        return kind_of(self.config)
+
+
+def kind_of(config: TrialConfig) -> Literal["trial", "control"]:
+    """A pruning is a trial; what is trained beside for comparison is a control."""
+    return "trial" if config.control is None else "control"
 
 
 @dataclass(frozen=True)
@@ -322,7 +348,8 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
     fingerprint = scene_fingerprint(sweep.scene)
     view_count = training_view_count(sweep.scene)
     _check_views(sweep, view_count)
-    have = {kind: store.keys(kind) for kind in ("checkpoint", "training", "statistics", "trial")}
+    kinds = ("checkpoint", "training", "statistics", "trial", "control")
+    have = {kind: store.keys(kind) for kind in kinds}
     trainings, calibrations, trials = [], [], []
     combinations = 0
     configs: dict[TrialConfig, None] = {}  # an ordered set
@@ -344,7 +371,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
             statistics = None
             if config.calibration is not None:
                 if not config.needs.moments:
-                    trials.append(_trial(sweep, key, None, config, have["trial"]))
+                    trials.append(_trial(sweep, key, None, config, have[kind_of(config)]))
                     continue
                 which = _pass_of(config)
                 of_pass = sets.setdefault(which, {})
@@ -352,7 +379,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
                 if statistics is None:
                     statistics = _statistics_key(key, config.calibration, needs[which])
                     of_pass[config.calibration] = statistics
-            trials.append(_trial(sweep, key, statistics, config, have["trial"]))
+            trials.append(_trial(sweep, key, statistics, config, have[kind_of(config)]))
         calibrations += [
             Calibration(
                 key,
@@ -478,7 +505,43 @@ def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConf
             mask=target.mask,
             errors=errors if weighs or criterion == "obs" else "layer",
         )
-        yield config if config.needs_data else replace(config, calibration=None)
+        if not config.needs_data:
+            config = replace(config, calibration=None)
+        for recover in grid.recover.recoveries():
+            yield replace(config, recover=recover and recover.at(bits))
+    yield from _controls(grid)
+
+
+def _controls(grid: PruneGrid) -> Iterator[TrialConfig]:
+    """What is trained beside a grid's recoveries, for comparison; always from photos."""
+    names = grid.recover.controls
+    for recover in grid.recover.recoveries():
+        if recover is None:
+            continue
+        control = TrialConfig(
+            networks="both",
+            criterion="",
+            ratio=None,
+            schedule="",
+            layer_ratios=(),
+            calibration=None,
+            seed=grid.calibration.seeds[0],
+            recover=replace(recover, source="photos", steps=1),
+        )
+        if "dense_longer" in names:
+            longer = replace(recover.at("fp32"), source="photos", steps=1)
+            yield replace(control, control="dense_longer", recover=longer)
+        if "narrow" in names:
+            for size, networks, bits in itertools.product(grid.sizes, grid.networks, grid.bits):
+                assert control.recover is not None
+                yield replace(
+                    control,
+                    recover=control.recover.at(bits),
+                    control="narrow",
+                    networks="shared" if networks == "shared" else "both",
+                    size=size,
+                    bits=bits,
+                )
 
 
 def _ratio_targets(grid: PruneGrid, depth: int) -> Iterator[_Target]:

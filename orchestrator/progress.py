@@ -89,8 +89,9 @@ class Progress:
                 self._first_trial = self._first_trial or time.monotonic()
                 self._trials += 1
             self._records.append(record)
-            on_front = {p.key for p in front(points([*self._front, record]))}
-            self._front = [r for r in [*self._front, record] if r.key in on_front]
+            if record.kind != "control":
+                on_front = {p.key for p in front(points([*self._front, record]))}
+                self._front = [r for r in [*self._front, record] if r.key in on_front]
         self._tell(now=self._done == self._total)
 
     # --- what is shown ---------------------------------------------------------------------

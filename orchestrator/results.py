@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["checkpoint", "training", "trial"]
+Kind = Literal["checkpoint", "training", "trial", "control"]
 
 
 def method_of(config: Mapping[str, Any]) -> str:
     """How a trial was pruned, in a few words: ``activation``, ``obs + obs, render, int8``.
 
-    Criterion, compensation, weighting of the calibration, stored bits; defaults are left out.
-    Empty where there is no criterion.
+    Criterion, compensation, weighting of the calibration, stored bits, recovery; defaults are left
+    out. A control is called by its name. Empty where there is no criterion.
     """
+    if "control" in config:
+        return f"{config['control']} {config.get('recover_iterations', 0)}"
     if "criterion" not in config:
         return ""
     words = [str(config["criterion"])]
@@ -25,6 +27,10 @@ def method_of(config: Mapping[str, Any]) -> str:
     for name, default in (("calibration_weighting", "uniform"), ("bits", "fp32")):
         if config.get(name, default) != default:
             words.append(str(config[name]))
+    if config.get("recover_iterations"):
+        words.append(f"recovered {config['recover_iterations']} {config.get('recover_from', '')}")
+        if config.get("recover_steps", 1) != 1:
+            words[-1] += f" in {config['recover_steps']} steps"
     return ", ".join(words)
 
 
@@ -72,19 +78,22 @@ class Record:
     """The result of one training (its dense model evaluated) or one trial.
 
     Attributes:
-        kind: "checkpoint" (a trained model), "training" (its evaluation, dense) or "trial".
+        kind: "checkpoint" (a trained model), "training" (its evaluation, dense), "trial" (a
+            pruning) or "control" (trained beside the recoveries, for comparison).
         key: content address; the same configuration has the same key everywhere.
         training: key of the trained model it rests on.
         config: flat configuration: names as in MLflow (``ratio``, ``criterion``, ``networks``,
             ``schedule``, ``compensation``, ``bits``, ``layer_0_ratio``, ``calibration_views``,
             ``calibration_rays``, ``calibration_weighting``, ``seed``; with a size instead of a
-            ratio ``size``, ``allocation``, ``coarse_weight``).
+            ratio ``size``, ``allocation``, ``coarse_weight``; where it was trained after pruning
+            ``recover_iterations``, ``recover_from``, ``recover_learning_rate``, ``recover_rays``,
+            ``recover_rounding_from``, ``recover_steps``). A control has ``control`` (its name).
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
             ``params``, ``params_coarse`` (not of a shared network), ``params_fine``,
             ``flops_per_ray``, ``render_seconds``
             (mean of one held-out view), ``achieved_ratio``, ``validation_mse`` and
             ``validation_psnr`` (on the validation rays); trainings add ``train_seconds``,
-            ``iterations``, ``train_psnr``.
+            ``iterations``, ``train_psnr``; recoveries and controls ``recover_seconds``.
         views: scores of each held-out view.
         widths: channels of each hidden layer, by network.
         provenance: commit, hardware, times.

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from nerf.field import NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.parallel import ParallelTrainer, train_devices
 from nerf.scenes import Scene, load_scene
-from nerf.training import Progress, Trainer
+from nerf.training import Progress, RayPool, Recipe, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
 from orchestrator.compress import Material, Reduced, compress
 from orchestrator.errors import PrunefieldError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, CalibrationSet, Training, Trial
+from orchestrator.plan import Calibration, CalibrationSet, Training, Trial, TrialConfig
 from orchestrator.provenance import Origin
+from orchestrator.recovering import Ground, Recovered, recover_pruned, train_control
 from orchestrator.results import Failure, Record, ViewScore
 from orchestrator.spec import Sweep
 from orchestrator.store import Held, Store
@@ -99,6 +100,7 @@ class Workbench:
         self._model: tuple[str, NerfModel] | None = None
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
         self._rankings: tuple[str, dict[Any, Ranking]] = ("", {})
+        self._pool: tuple[float, RayPool] | None = None
 
     # --- what stays loaded -----------------------------------------------------------------
 
@@ -360,8 +362,11 @@ class Workbench:
     # --- prune -----------------------------------------------------------------------------
 
     def prune(self, trial: Trial, watch: Stopwatch) -> None:
-        """Prune one model and evaluate what is left."""
-        if self.store.has("trial", trial.key):
+        """Prune one model, train it again if that is wanted, and evaluate what is left.
+
+        A control, which is trained beside the recoveries for comparison, takes the same way.
+        """
+        if self.store.has(trial.kind, trial.key):
             return
         config = trial.config
         with watch.during("load"):
@@ -374,31 +379,96 @@ class Workbench:
             "pruning": config.flat(),
             "training_key": trial.training,
         }
-        with self.store.writing("trial", trial.key) as folder:
-            with watch.during("prune"):
-                small = compress(folder / MODEL, dense, config, material, info)
+        with self.store.writing(trial.kind, trial.key) as folder:
+            if config.recover is None:
+                with watch.during("prune"):
+                    small = compress(folder / MODEL, dense, config, material, info)
+                recovered: Mapping[str, float] = {}
+            else:
+                done = self._recover(folder / MODEL, trial, material, info, watch)
+                small, recovered = done.result, done.metrics
             with watch.during("evaluate"):
                 evaluation = held_out.evaluate(small.model, self.sweep.protocol.precision)
                 validated = self._validated(trial.training, small.model)
             with watch.during("write"):
                 self._write_renders(folder, evaluation, truth=False)
             record = Record(
-                kind="trial",
+                kind=trial.kind,
                 key=trial.key,
                 training=trial.training,
                 config=config.flat(),
                 metrics={
                     **_scores(evaluation),
                     **validated,
+                    **recovered,
                     **sizes(small.model, small.pruned),
                     "size_bytes": small.size,
-                    "achieved_ratio": achieved_ratio(small.pruned),
+                    **({"achieved_ratio": achieved_ratio(small.pruned)} if small.pruned else {}),
                 },
                 views=_views(evaluation),
                 widths=_widths(small.model),
                 provenance=self.origin.provenance(self.device, watch.seconds),
             )
             self.store.write_record(folder, record)
+        if config.recover is not None:
+            self.store.remove_running(trial.key)
+
+    def _recover(
+        self,
+        path: Path,
+        trial: Trial,
+        material: Material,
+        info: Mapping[str, Any],
+        watch: Stopwatch,
+    ) -> Recovered:
+        """Prune and train again, or train a control; see `orchestrator.recovering`."""
+        dense, config = self.model(trial.training), trial.config
+        recipe = recipe_of(self.store.read_record("checkpoint", trial.training))
+        if self._pool is None or self._pool[0] != recipe.validation:
+            pool = RayPool(self.scene(), self.device, recipe.validation)
+            self._pool = (recipe.validation, pool)
+        ground = Ground(
+            self.scene(),
+            self._pool[1],
+            recipe,
+            self.store.running(trial.key),
+            self.sweep.resources.checkpoint_seconds,
+            lambda: self.store.save_running(trial.key),
+            watch.during,
+        )
+        if config.control is not None:
+            return train_control(path, dense, config, self.sweep.shape, info, ground)
+        return recover_pruned(
+            path,
+            dense,
+            config,
+            material,
+            info,
+            partial(self._recalibrated, config, trial.training),
+            ground,
+        )
+
+    def _recalibrated(self, config: TrialConfig, training: str, model: NerfModel) -> Material:
+        """What a pruning of a model between two rounds of recovery may look at."""
+        wanted, fraction = config.calibration, self._validation_fraction(training)
+        if wanted is None:
+            return Material()
+        samples = partial(calibration_samples, model, self.scene(), wanted, fraction)
+        if not config.needs.moments:
+            return Material(None, samples)
+        nested = calibrate(
+            model,
+            self.scene(),
+            [wanted.views],
+            [wanted.rays],
+            wanted.seed,
+            config.needs.moments,
+            config.needs.prunable,
+            wanted.weighting,
+            fraction,
+        )
+        statistics = {n: of.subset((wanted.views, wanted.rays)) for n, of in nested.items()}
+        return Material(statistics, samples)
 
     def _write_renders(self, folder: Path, evaluation: Evaluation, truth: bool) -> None:
         held_out = self.held_out()
@@ -411,6 +481,12 @@ class Workbench:
             write_picture(renders / f"error_{result.view}.png", error_map(result.picture, photo))
             if truth:
                 write_picture(renders / f"truth_{result.view}.png", photo)
+
+
+def recipe_of(checkpoint: Record) -> Recipe:
+    """The recipe that trained a model, as its record says."""
+    names = {setting.name for setting in fields(Recipe)}
+    return Recipe(**{name: v for name, v in checkpoint.config.items() if name in names})
 
 
 def failure_of(error: BaseException, watch: Stopwatch) -> Failure:

@@ -113,7 +113,7 @@ class Results:
     Attributes:
         plan: the sweep's plan.
         trainings: evaluations of the dense models.
-        trials: prunings.
+        trials: prunings, and the controls beside them.
         failed: trainings and trials that failed and have no result since.
     """
 
@@ -132,21 +132,25 @@ class Results:
 
 def collect(plan: Plan, store: Store) -> Results:
     """Read every record of a sweep that the store holds."""
-    have = {kind: store.keys(kind) for kind in ("training", "trial")}
+    have = {kind: store.keys(kind) for kind in ("training", "trial", "control")}
     known_failures = store.failed_keys()
     failed = []
 
-    def records(kind: str, keys: Iterable[str]) -> tuple[Record, ...]:
-        found: list[str] = []
-        for key in keys:
+    def records(wanted: Iterable[tuple[str, str]]) -> tuple[Record, ...]:
+        found: list[tuple[str, str]] = []
+        for kind, key in wanted:
             if key in have[kind]:
-                found.append(key)
+                found.append((kind, key))
             elif key in known_failures and (failure := store.read_failure(key)):
                 failed.append(failure)
-        return tuple(store.read_records(kind, found))
+        read = {
+            kind: store.read_records(kind, [k for of, k in found if of == kind]) for kind in have
+        }
+        by_key = {(kind, record.key): record for kind, of in read.items() for record in of}
+        return tuple(by_key[entry] for entry in found)
 
-    trainings = records("training", [t.result for t in plan.trainings])
-    trials = records("trial", [t.key for t in plan.trials])
+    trainings = records(("training", t.result) for t in plan.trainings)
+    trials = records((t.kind, t.key) for t in plan.trials)
     return Results(plan, trainings, trials, tuple(failed))
 
 
@@ -198,7 +202,8 @@ def report_data(results: Results, store: Store) -> ReportData:
         name=sweep.name,
         hash=sweep.hash,
         dense=(*results.trainings, *(r for r in results.failed if r.kind == "training")),
-        trials=(*results.trials, *(r for r in results.failed if r.kind == "trial")),
+        trials=tuple(r for r in (*results.trials, *results.failed) if r.kind == "trial"),
+        controls=tuple(r for r in (*results.trials, *results.failed) if r.kind == "control"),
         store=store,
         reference=largest and Reference(largest.size_bytes, sweep.report.reference_psnr),
         ratios=sweep.report.ratios,

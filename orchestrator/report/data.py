@@ -50,6 +50,7 @@ class ReportData:
         description: a sentence for people.
         commit: git commit of the code that writes the report.
         seed: the sweep's seed.
+        controls: records of what was trained beside the recoveries, failed ones included.
     """
 
     name: str
@@ -62,6 +63,12 @@ class ReportData:
     description: str = ""
     commit: str | None = None
     seed: int | None = None
+    controls: tuple[Record, ...] = ()
+
+    @cached_property
+    def baselines(self) -> tuple[Record, ...]:
+        """Controls with a result: shown beside the front, never part of it."""
+        return tuple(control for control in self.controls if control.failure is None)
 
     @cached_property
     def done(self) -> tuple[Record, ...]:
@@ -71,7 +78,8 @@ class ReportData:
     @cached_property
     def failed(self) -> tuple[Record, ...]:
         """Records without one, trainings first."""
-        return tuple(r for r in (*self.dense, *self.trials) if r.failure is not None)
+        records = (*self.dense, *self.trials, *self.controls)
+        return tuple(r for r in records if r.failure is not None)
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
@@ -100,7 +108,7 @@ class ReportData:
     @cached_property
     def by_key(self) -> dict[str, Record]:
         """All records by key."""
-        return {record.key: record for record in (*self.dense, *self.trials)}
+        return {r.key: r for r in (*self.dense, *self.trials, *self.controls)}
 
     @cached_property
     def series(self) -> tuple[Series, ...]:

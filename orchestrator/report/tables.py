@@ -33,6 +33,7 @@ def front_json(data: ReportData, quality: Quality = "psnr") -> dict[str, Any]:
             "reference": {"size_bytes": corner.size_bytes, quality: getattr(corner, quality)},
         },
         "dense": [_brief(record) for record in data.dense if record.failure is None],
+        "controls": [_brief(record) for record in data.baselines],
         "trials": {"done": len(data.done), "failed": len(data.trials) - len(data.done)},
     }
 
@@ -51,13 +52,14 @@ def results_json(data: ReportData) -> str:
         },
         "dense": [_plain(record.to_json()) for record in data.dense],
         "trials": [_plain(record.to_json()) for record in data.trials],
+        "controls": [_plain(record.to_json()) for record in data.controls],
     }
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def results_csv(data: ReportData) -> str:
     """One row a record; an empty cell is an absent value."""
-    records = (*data.dense, *data.trials)
+    records = (*data.dense, *data.trials, *data.controls)
     config = _ordered((name for r in records for name in r.config), CONFIG_FIRST)
     metrics = _ordered((name for r in records for name in r.metrics), METRICS_FIRST)
     fronts = {q: {point.key for point in data.front(q)} for q in UNITS}
@@ -95,13 +97,16 @@ def table(data: ReportData, only_front: bool = False) -> str:
         for record in sorted(data.dense, key=lambda r: r.key)
         if record.failure is None
     ]
-    for record in sorted(data.done, key=lambda r: (number(r, "size_bytes") or math.inf, r.key)):
+    for record in sorted(
+        (*data.done, *data.baselines),
+        key=lambda r: (number(r, "size_bytes") or math.inf, r.key),
+    ):
         on_front = record.key in data.front_keys
         if on_front or not only_front:
             words = [method_of(record.config), record.config.get("networks")]
             rows.append(
                 [
-                    "*" if on_front else "",
+                    "*" if on_front else "c" if record.kind == "control" else "",
                     *(str(word or ABSENT) for word in words),
                     percent(record.config.get("ratio")),
                     str(record.config.get("schedule") or ABSENT),

@@ -150,7 +150,7 @@ def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin
     if failure is None:
         if isinstance(node, Calibration):
             return None
-        kind = "training" if isinstance(node, Training) else "trial"
+        kind = "training" if isinstance(node, Training) else node.kind
         try:
             return store.read_record(kind, node.result if isinstance(node, Training) else node.key)
         except StoreError as error:
@@ -159,7 +159,7 @@ def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin
     if isinstance(node, Calibration):
         return None  # the trials that needed it are recorded as failed
     return Record(
-        kind="training" if isinstance(node, Training) else "trial",
+        kind="training" if isinstance(node, Training) else node.kind,
         key=node.result if isinstance(node, Training) else node.key,
         training=node.key if isinstance(node, Training) else node.training,
         config=node.config if isinstance(node, Training) else node.config.flat(),

@@ -29,6 +29,7 @@ def combinations(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "masks": _with_masks,
     }[targets[0]](grid)
     yield from dict(found).items()
+    yield from dict(_with_recovery(grid)).items()
 
 
 def _names(grid: dict[str, Any], key: str, default: str) -> list[str]:
@@ -98,3 +99,36 @@ def _of_channels(grid: dict[str, Any], criterion: str) -> Iterator[tuple[str, st
     for name in _names(grid, "criteria", criterion):
         if name in SPARSE and name not in CRITERIA:
             yield "criteria", f"{name!r} scores single weights; it is for a grid with `masks`"
+
+
+def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    recover = grid.get("recover")
+    if not isinstance(recover, dict):
+        return
+    given = recover.get("iterations", 0)
+    counts = given if isinstance(given, list) else [given]
+    if all(type(count) is int and count == 0 for count in counts):
+        if set(recover) - {"iterations"}:
+            yield (
+                "recover.iterations",
+                "this key is required beside other settings of a recovery, above 0",
+            )
+        return
+    if "masks" in grid:
+        yield "recover", "weights that a mask set to 0 would grow back: only channels stay away"
+    if "sizes" not in grid:
+        if recover.get("steps", 1) not in (1, [1]):
+            yield "recover.steps", "only a grid with `sizes` is pruned in several rounds"
+        if "narrow" in _names(recover, "controls", ""):
+            yield (
+                "recover.controls",
+                "a narrow NeRF of the same file size needs `sizes`; with ratios only "
+                "'dense_longer' can be trained beside",
+            )
+    for name in _names(grid, "bits", "fp32"):
+        if name in SCHEMES and SCHEMES[name].needs_statistics:
+            yield (
+                "bits",
+                f"{name!r} looks at data to round well, and a recovery trains the rounded weights "
+                f"themselves; {SCHEMES[name].stored_as!r} is stored alike",
+            )

@@ -19,9 +19,11 @@ from orchestrator.provenance import bundle_info, code_folder
 from orchestrator.spec.cluster import CLUSTER_KEYS, cluster_mistakes, is_cluster_file
 from orchestrator.spec.combinations import combinations
 from orchestrator.spec.mistakes import mistakes_of, path_of, shown
+from orchestrator.spec.recover import RecoverAxes
 from orchestrator.spec.schema import (
     MAX_LAYERS,
     PruneSection,
+    RecoverSection,
     StageSection,
     SweepFile,
     listed_schedules,
@@ -269,6 +271,14 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
             grid.calibration.seeds,
             grid.calibration.weighting,
         )
+        * _product(
+            grid.recover.iterations,
+            grid.recover.from_,
+            grid.recover.learning_rate,
+            grid.recover.rays,
+            grid.recover.rounding_from,
+            grid.recover.steps,
+        )
         for grid in parsed.prune
     )
     if trainings * grids <= MAX_TRIALS:
@@ -356,6 +366,7 @@ _LATER: dict[str, Any] = {
     "bits": ["fp32"],
     "masks": [],
     "errors": ["layer"],
+    "recover": RecoverSection().model_dump(),
 }
 
 
@@ -372,7 +383,7 @@ def _without_later_defaults(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _grid(section: PruneSection) -> PruneGrid:
-    calibration = section.calibration
+    calibration, recover = section.calibration, section.recover
     return PruneGrid(
         networks=tuple(section.networks),
         criteria=tuple(section.criteria),
@@ -391,6 +402,15 @@ def _grid(section: PruneSection) -> PruneGrid:
         bits=tuple(section.bits),
         masks=tuple(section.masks),
         errors=tuple(section.errors),
+        recover=RecoverAxes(
+            iterations=tuple(dict.fromkeys(recover.iterations)),
+            sources=tuple(dict.fromkeys(recover.from_)),
+            learning_rates=tuple(dict.fromkeys(recover.learning_rate)),
+            rays=tuple(dict.fromkeys(recover.rays)),
+            rounding_from=tuple(dict.fromkeys(recover.rounding_from)),
+            steps=tuple(dict.fromkeys(recover.steps)),
+            controls=tuple(dict.fromkeys(recover.controls)),
+        ),
     )
 
 

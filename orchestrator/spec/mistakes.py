@@ -90,4 +90,4 @@ def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -44,7 +44,8 @@ def json_schema() -> JsonSchema:
     sections["SweepFile"] = made
     for model in models(SweepFile):
         properties = sections[model.__name__]["properties"]
-        for name, field in model.model_fields.items():
+        for field_name, field in model.model_fields.items():
+            name = key_of(field_name, field)
             if _is_listed(field):
                 properties[name] = _or_lone_value(properties[name])
             if field.description:
@@ -70,6 +71,11 @@ def json_schema() -> JsonSchema:
         "$defs": sections,
     }
     return _with_grouped_digits(schema)
+
+
+def key_of(name: str, field: FieldInfo) -> str:
+    """The key that a sweep file has for a field: its alias where its name is a word of Python."""
+    return field.alias or name
 
 
 def models(root: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -133,7 +139,9 @@ def reference() -> str:
         parts.append(f"## {title}\n\n{_summary(model)}\n")
         rows = [
             _row(name, field, schema[model.__name__]["properties"][name], schema)
-            for name, field in model.model_fields.items()
+            for name, field in (
+                (key_of(name, field), field) for name, field in model.model_fields.items()
+            )
         ]
         parts.append(
             "\n".join(["| key | is | default | what |", "|---|---|---|---|", *rows]) + "\n"

@@ -356,6 +356,50 @@ class CalibrationSection(_Section):
     ] = ["uniform"]
 
 
+class RecoverSection(_Section):
+    """A short training after pruning; lists fan out as a grid."""
+
+    iterations: Annotated[
+        list[Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]],
+        Listed,
+        Field(min_length=1, description="optimiser steps after pruning; 0 for none"),
+    ] = [0]
+    from_: Annotated[
+        list[Literal["photos", "distill", "both"]],
+        Listed,
+        Field(
+            min_length=1,
+            alias="from",
+            description="learn from photos, from the dense model (`distill`), or from both",
+        ),
+    ] = ["photos"]
+    learning_rate: Annotated[
+        list[PositiveFloat], Listed, Field(min_length=1, description="at its highest")
+    ] = [5e-4]
+    rays: Annotated[list[Count], Listed, Field(min_length=1, description="rays a step")] = [1024]
+    rounding_from: Annotated[
+        list[Annotated[Number, Field(ge=0, lt=1)]],
+        Listed,
+        Field(
+            min_length=1,
+            description="share of the iterations after which few-bit weights are trained rounded",
+        ),
+    ] = [0.3]
+    steps: Annotated[
+        list[Annotated[int, Field(ge=1, le=100, strict=True)]],
+        Listed,
+        Field(min_length=1, description="rounds of pruning a part of the way and recovering"),
+    ] = [1]
+    controls: Annotated[
+        list[Literal["dense_longer", "narrow"]],
+        Listed,
+        Field(
+            description="trained beside, for comparison: the dense model for the same extra "
+            "iterations; with `sizes`, a narrow NeRF of the same file size from scratch"
+        ),
+    ] = ["dense_longer", "narrow"]
+
+
 class PruneSection(_Section):
     """One grid of prunings: every combination is a trial.
 
@@ -430,6 +474,9 @@ class PruneSection(_Section):
             "pixel's",
         ),
     ] = ["layer"]
+    recover: Annotated[RecoverSection, Field(description="a short training after pruning")] = (
+        RecoverSection()
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """A validated sweep, as plain frozen data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
 from orchestrator.keys import content_key
+from orchestrator.spec.recover import RecoverAxes
 
 NetworkScope = Literal["coarse", "fine", "both", "shared"]
 Weighting = Literal["uniform", "render", "detail"]
@@ -55,6 +56,7 @@ class PruneGrid:
         masks: fractions of single weights to set to 0, or patterns such as 2:4; empty in other
             grids.
         errors: whose errors are weighed: those of a layer's readers, or the pixel's.
+        recover: the trainings after pruning.
     """
 
     networks: tuple[NetworkScope, ...]
@@ -69,6 +71,7 @@ class PruneGrid:
     bits: tuple[str, ...] = ("fp32",)
     masks: tuple[float | str, ...] = ()
     errors: tuple[Errors, ...] = ("layer",)
+    recover: RecoverAxes = field(default_factory=RecoverAxes)
 
 
 @dataclass(frozen=True)

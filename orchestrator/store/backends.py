@@ -30,6 +30,7 @@ FOLDERS = {
     "training": "trainings",
     "statistics": "statistics",
     "trial": "trials",
+    "control": "controls",
 }
 
 

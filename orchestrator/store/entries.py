@@ -4,11 +4,12 @@
 
     <root>/
       scenes/<fingerprint>/            scenes that prunefield makes itself (the demo)
-      running/<key>/                   the state of a training under way
+      running/<key>/                   the state of a training or recovery under way
       checkpoints/<key>/               a trained model: model and optimiser state, record.json
       trainings/<key>/                 its evaluation, dense: renders/, record.json
       statistics/<key>/                calibration statistics of one model and calibration set
       trials/<key>/                    model.safetensors, renders/, record.json
+      controls/<key>/                  the same, of what is trained beside for comparison
       failures/<key>.json              the last failure of a key that has no result
       leases/<name>.json               who is doing what at the moment
       sweeps/<name>/                   the report of a sweep

@@ -189,7 +189,7 @@ class RunWriter:
     ) -> str:
         tags = names.child_tags(kind, key, training, self.info, self.parent)
         tags[names.STATE] = state
-        if kind == "trial" and (of := self._training_run(training)):
+        if kind != "training" and (of := self._training_run(training)):
             tags[names.TRAINING_RUN] = of
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags, start_time=start)
         self.children[key] = Child(run.info.run_id, "RUNNING", tags, {})
@@ -215,7 +215,7 @@ class RunWriter:
 
     def _write_model(self, record: Record, run_id: str) -> str | None:
         dense = record.kind == "training"
-        entry = ("checkpoint", record.training) if dense else ("trial", record.key)
+        entry = ("checkpoint", record.training) if dense else (record.kind, record.key)
         path = self.store.file(*entry, MODEL_FILE)
         if not path.is_file():
             return None
@@ -264,7 +264,7 @@ class RunWriter:
     def _link_trials(self, training: str, run_id: str) -> None:
         for trial, child in self.children.items():
             if (
-                child.tags.get(names.KIND) == "trial"
+                child.tags.get(names.KIND) in ("trial", "control")
                 and child.tags.get(names.TRAINING) == training
                 and child.tags.get(names.TRAINING_RUN) != run_id
             ):

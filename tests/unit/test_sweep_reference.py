@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.errors import SpecError
 from orchestrator.spec import read_text
-from orchestrator.spec.reference import json_schema, models, reference
+from orchestrator.spec.reference import json_schema, key_of, models, reference
 from orchestrator.spec.schema import SweepFile
 from tests.unit.sweep_builder import mapping, text
 
@@ -44,8 +44,8 @@ def test_every_key_is_described() -> None:
 def test_every_key_has_its_row() -> None:
     page = reference()
     for model in models(SweepFile):
-        for name in model.model_fields:
-            assert f"| `{name}` |" in page
+        for name, field in model.model_fields.items():
+            assert f"| `{key_of(name, field)}` |" in page
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

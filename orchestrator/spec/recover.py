@@ -1,0 +1,110 @@
+"""Recovery in a sweep: a short training after pruning, and the controls beside it."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from nerf.devices import Precision
+from nerf.recovery import RecoveryRecipe, Source
+
+ControlName = Literal["dense_longer", "narrow"]
+"""``dense_longer``: the dense model trained for the same extra iterations. ``narrow``: a NeRF of
+the same file size, trained from scratch for as many iterations."""
+
+CONTROLS: tuple[ControlName, ...] = ("dense_longer", "narrow")
+
+
+@dataclass(frozen=True)
+class Recover:
+    """How one trial is trained after it was pruned.
+
+    Attributes:
+        iterations: optimiser steps, over all rounds.
+        source: learn from photos, from the dense model (``distill``), or from both.
+        learning_rate: at its highest.
+        rays: rays an iteration.
+        rounding_from: share of the iterations after which few-bit weights are rounded in training.
+        steps: rounds of pruning a part of the way and recovering from it.
+    """
+
+    iterations: int
+    source: Source = "photos"
+    learning_rate: float = 5e-4
+    rays: int = 1024
+    rounding_from: float = 0.3
+    steps: int = 1
+
+    def at(self, bits: str) -> "Recover":
+        """The same, for weights stored so: where nothing is rounded, it never begins."""
+        return replace(self, rounding_from=0.0) if bits == "fp32" else self
+
+    def identity(self) -> dict[str, Any]:
+        """What goes into keys."""
+        return asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """As records and MLflow name it."""
+        return {
+            "recover_iterations": self.iterations,
+            "recover_from": self.source,
+            "recover_learning_rate": self.learning_rate,
+            "recover_rays": self.rays,
+            "recover_rounding_from": self.rounding_from,
+            "recover_steps": self.steps,
+        }
+
+    def recipe(self, density_noise: float, precision: Precision, last: bool) -> RecoveryRecipe:
+        """The recipe of one round; only the last one rounds weights.
+
+        Args:
+            density_noise: of the training that made the dense model.
+            precision: of that training.
+            last: whether it is the last round, which takes the iterations that do not divide.
+        """
+        count = self.iterations // self.steps
+        if last:
+            count = self.iterations - (self.steps - 1) * count
+        return RecoveryRecipe(
+            iterations=count,
+            source=self.source,
+            learning_rate=self.learning_rate,
+            rays=self.rays,
+            rounding_from=self.rounding_from,
+            density_noise=density_noise,
+            precision=precision,
+        )
+
+
+@dataclass(frozen=True)
+class RecoverAxes:
+    """Recoveries to compare; every combination is tried on every pruning of a grid.
+
+    Attributes:
+        iterations: numbers of optimiser steps; 0 for none.
+        sources: what is learnt from.
+        learning_rates: at their highest.
+        rays: rays an iteration.
+        rounding_from: when few-bit weights begin to be rounded.
+        steps: numbers of rounds.
+        controls: what is trained beside, for comparison; a narrow NeRF only with sizes.
+    """
+
+    iterations: tuple[int, ...] = (0,)
+    sources: tuple[Source, ...] = ("photos",)
+    learning_rates: tuple[float, ...] = (5e-4,)
+    rays: tuple[int, ...] = (1024,)
+    rounding_from: tuple[float, ...] = (0.3,)
+    steps: tuple[int, ...] = (1,)
+    controls: tuple[ControlName, ...] = CONTROLS
+
+    def recoveries(self) -> Iterator[Recover | None]:
+        """Every combination; None where there are no iterations."""
+        for iterations in self.iterations:
+            if iterations == 0:
+                yield None
+                continue
+            for values in itertools.product(
+                self.sources, self.learning_rates, self.rays, self.rounding_from, self.steps
+            ):
+                yield Recover(iterations, *values)
