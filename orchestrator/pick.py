@@ -153,8 +153,8 @@ def knee(front: tuple[Point, ...]) -> Point:
 def model_file(store: Store, record: Record) -> Path:
     """Where the model file of a trial, or of a training's dense model, is."""
     if record.kind == "trial":
-        return store.folder("trial", record.key) / MODEL
-    return store.folder("checkpoint", record.training) / MODEL
+        return store.file("trial", record.key, MODEL)
+    return store.file("checkpoint", record.training, MODEL)
 
 
 def _best(fitting: Iterable[Point], order: Callable[[Point], Any]) -> Point | None:

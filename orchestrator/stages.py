@@ -6,7 +6,7 @@ then, so that whoever drives it can report and stop it. Nothing here knows about
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -183,7 +183,7 @@ class Workbench:
 
     # --- train -----------------------------------------------------------------------------
 
-    def train(self, training: Training, watch: Stopwatch) -> Iterator[Update]:
+    def train(self, training: Training, watch: Stopwatch) -> Generator[Update, None, None]:
         """Train one NeRF (or go on where an earlier attempt stopped) and evaluate it, dense."""
         with watch.during("load"):
             scene = self.scene()

@@ -54,7 +54,11 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
     with (
         alone(sweep, store),
         TrackingLogger(
-            sweep.tracking.uri, sweep.tracking.experiment, sweep_info(plan, origin), store
+            sweep.tracking.uri,
+            sweep.tracking.experiment,
+            sweep_info(plan, origin),
+            store,
+            patience=sweep.tracking.patience,
         ) as tracking,
         show,
     ):

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 import re
 from typing import Any
@@ -29,3 +29,32 @@ def parse_bytes(value: Any) -> int:
 def show_bytes(n_bytes: int) -> str:
     """Bytes for people, e.g. ``1,200 kB``; below 10 kB to the byte."""
     return f"{n_bytes / 1000:,.0f} kB" if n_bytes >= 10_000 else f"{n_bytes:,} bytes"
+
+
+SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+MAX_SECONDS = 10**9
+TIMES = "allowed are a number of seconds above 0, or a number with s, min, h or d, e.g. 90s or 2h"
+
+
+def parse_seconds(value: Any) -> float:
+    """Seconds, from a number or a text such as ``90s``, ``30min``, ``2h``, ``7d``.
+
+    Raises:
+        ValueError: it is neither; the message says what is allowed.
+    """
+    found: float = 0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        found = value
+    elif isinstance(value, str):
+        parts = re.fullmatch(r"\s*(\d{1,10}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", value)
+        if parts and parts[2].lower() in SECONDS:
+            found = float(parts[1]) * SECONDS[parts[2].lower()]
+    if not 0 < found <= MAX_SECONDS:
+        raise ValueError(TIMES)
+    return float(found)
+
+
+def show_seconds(seconds: float) -> str:
+    """A time for people, in the largest unit that is not a fraction: ``90 s``, ``2 h``."""
+    unit = next((u for u in ("d", "h", "min") if seconds % SECONDS[u] == 0), "s")
+    return f"{seconds / SECONDS[unit]:g} {unit}"

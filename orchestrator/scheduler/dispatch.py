@@ -14,7 +14,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from orchestrator.scheduler.queue import Item
+from orchestrator.results import Failure
+from orchestrator.scheduler.queue import Item, Loss
 
 Work = tuple[str, Item]  # the key of the model, and what to do with it
 
@@ -25,11 +26,12 @@ class Order:
 
     Attributes:
         item: the node to run, or None: there is nothing (now), the lane may end.
-        lost: nodes that killed their worker too often; the lane reports them as failed.
+        lost: nodes that killed their worker too often or took too long; the lane reports them as
+            failed.
     """
 
     item: Item | None
-    lost: tuple[Item, ...] = ()
+    lost: tuple[Loss, ...] = ()
 
 
 class WorkTable:
@@ -44,7 +46,8 @@ class WorkTable:
         self._ready: OrderedDict[str, deque[Item]] = OrderedDict()
         self._held: dict[str, Work] = {}
         self._unreported: dict[str, list[Work]] = {}
-        self._lost: dict[str, list[Item]] = {}
+        self._lost: dict[str, list[Loss]] = {}
+        self._overdue: dict[Item, Failure] = {}
         self._begun: Counter[Item] = Counter()
 
     def offer(self, work: Iterable[Work]) -> None:
@@ -82,26 +85,37 @@ class WorkTable:
         item = None
         if lane in self._held:
             _, item = self._held[lane]
-            if self._begun[item] > self._retries:
+            if self._is_lost(item):
                 del self._held[lane]
-                self._lost.setdefault(lane, []).append(item)
+                self._lost.setdefault(lane, []).append(Loss(item, self._overdue.get(item)))
                 item = None
             else:
                 self._begun[item] += 1
         return Order(item, tuple(self._lost.get(lane, ())))
 
-    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+    def _is_lost(self, item: Item) -> bool:
+        return item in self._overdue or self._begun[item] > self._retries
+
+    def overdue(self, item: Item, failure: Failure) -> None:
+        """An item takes longer than it may: its worker is about to be ended for it."""
+        self._overdue[item] = failure
+
+    def why_overdue(self, item: Item) -> Failure | None:
+        """Why an item was given up, if it took too long."""
+        return self._overdue.get(item)
+
+    def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         """A lane will not come back: what it held goes to another, unless it is lost.
 
         Returns:
-            Items that killed their worker too often.
+            Items that killed their worker too often or took too long.
         """
         self._offer_unreported(lane)
         lost = self._lost.pop(lane, [])
         if lane in self._held:
             model, item = self._held.pop(lane)
-            if self._begun[item] > self._retries:
-                lost.append(item)
+            if self._is_lost(item):
+                lost.append(Loss(item, self._overdue.get(item)))
             else:
                 self.offer([(model, item)])
         return tuple(lost)
@@ -140,7 +154,15 @@ class Dispatcher:
         """What a lane held when its worker died, see `WorkTable.resume`."""
         return ray.get(self._table.resume.remote(lane))
 
-    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+    def overdue(self, item: Item, failure: Failure) -> None:
+        """An item takes longer than it may, see `WorkTable.overdue`."""
+        ray.get(self._table.overdue.remote(item, failure))
+
+    def why_overdue(self, item: Item) -> Failure | None:
+        """Why an item was given up, see `WorkTable.why_overdue`."""
+        return ray.get(self._table.why_overdue.remote(item))
+
+    def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         """A lane will not come back, see `WorkTable.drop_lane`."""
         return ray.get(self._table.drop_lane.remote(lane))
 

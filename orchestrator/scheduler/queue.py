@@ -11,6 +11,7 @@ Why lanes: see docs/decisions/0002-lanes.md.
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ray.tune.search import Searcher
@@ -31,14 +32,27 @@ def item_of(node: Node) -> Item:
     return KIND[type(node)], node.key
 
 
+@dataclass(frozen=True)
+class Loss:
+    """An item that must not be tried again.
+
+    Attributes:
+        item: which.
+        failure: why; None: it killed its worker too often.
+    """
+
+    item: Item
+    failure: Failure | None = None
+
+
 class Dispatch(Protocol):
     """Where lanes get their work, see `orchestrator.scheduler.dispatch`."""
 
     def offer(self, work: Iterable[tuple[str, Item]]) -> None:
         """Add items, each with the key of the model it works on."""
 
-    def drop_lane(self, lane: str) -> tuple[Item, ...]:
-        """Take back what a dead lane held; gives what has killed its worker too often."""
+    def drop_lane(self, lane: str) -> tuple[Loss, ...]:
+        """Take back what a dead lane held; gives what must not be tried again."""
 
 
 class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
@@ -157,10 +171,10 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             reason = "its worker died more often than `resources.retries` allows"
             self._close(training, Failure("train", reason))
             return
-        self._dead_lanes += 1
-        if self._dispatch is not None:
-            for item in self._dispatch.drop_lane(trial_id):
-                self._end(lost(item))
+        losses = self._dispatch.drop_lane(trial_id) if self._dispatch is not None else ()
+        for loss in losses:
+            self._end(lost(loss))
+        self._dead_lanes += not losses  # those that give something up come to an end
         if self._dead_lanes > max(self._max_lanes, MIN_DEAD_LANES):
             for node in list(self._open.values()):
                 reason = "workers die one after another without finishing anything"
@@ -211,10 +225,12 @@ def provided(node: Node) -> tuple[str, ...]:
     return ()
 
 
-def lost(item: Item) -> dict[str, Any]:
-    """How an item ended that killed its worker too often, as lanes report it."""
+def lost(loss: Loss) -> dict[str, Any]:
+    """How an item ended that is not tried again, as lanes report it."""
+    kind, key = loss.item
     reason = "its worker died each time it was tried, more often than `resources.retries` allows"
-    return {"kind": item[0], "key": item[1], "failure": {"stage": item[0], "reason": reason}}
+    failure = loss.failure or Failure(kind, reason)
+    return {"kind": kind, "key": key, "failure": asdict(failure)}
 
 
 def _model_of(node: Node) -> str:

@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ray import tune
 
 from orchestrator.plan import Calibration, Training
 from orchestrator.provenance import Origin
+from orchestrator.results import Failure
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
-from orchestrator.scheduler.queue import LANE, Item, Node, lost
+from orchestrator.scheduler.limits import limited, reason
+from orchestrator.scheduler.queue import LANE, Item, Loss, Node, lost
 from orchestrator.spec import Sweep, relocated
 from orchestrator.stages import Stopwatch, Update, Workbench, failure_of
 from orchestrator.store import Store
@@ -67,11 +70,41 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         watch = Stopwatch()
         node = self._nodes[item]
         assert isinstance(node, Training)
+        if failure := self._dispatcher.why_overdue(item):  # an earlier worker took too long
+            return {"ended": [lost(Loss(item, failure))]}
+        work = self._bench.train(node, watch)
+        started = time.monotonic()
         try:
-            yield from self._bench.train(node, watch)
+            while True:
+                with self._limit_training(item, watch, time.monotonic() - started):
+                    update = next(work, None)
+                if update is None:
+                    break
+                if "waiting" in update:  # for another sweep that trains the same model
+                    started = time.monotonic()
+                yield update
         except Exception as error:
             return {"ended": [_ended(item, error, watch)]}
+        finally:
+            work.close()
         return {"ended": [_ended(item, None, watch)]}
+
+    def _limit_training(
+        self, item: Item, watch: Stopwatch, spent: float
+    ) -> AbstractContextManager[None]:
+        limits = self._bench.sweep.limits
+        left = None if limits.train is None else limits.train - spent
+        if left is None or (limits.silence is not None and limits.silence < left):
+            why = reason("gave no sign of life for", limits.silence or 0.0, "silence")
+            return self._limited(item, watch, limits.silence, why)
+        return self._limited(
+            item, watch, left, reason("took longer than", limits.train or 0.0, "train")
+        )
+
+    def _limited(
+        self, item: Item, watch: Stopwatch, seconds: float | None, why: str
+    ) -> AbstractContextManager[None]:
+        return limited(seconds, lambda: self._dispatcher.overdue(item, Failure(watch.stage, why)))
 
     def _lane(self, lane: str) -> Work:
         ended: list[dict[str, Any]] = []
@@ -92,12 +125,18 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
     def _run(self, item: Item) -> dict[str, Any]:
         watch = Stopwatch()
         node = self._nodes[item]
+        limits = self._bench.sweep.limits
         try:
             if isinstance(node, Calibration):
-                self._bench.calibrate(node, watch)
+                most = limits.calibrate
+                why = reason("took longer than", most or 0.0, "calibrate")
+                with self._limited(item, watch, most, why):
+                    self._bench.calibrate(node, watch)
             else:
                 assert not isinstance(node, Training)
-                self._bench.prune(node, watch)
+                why = reason("took longer than", limits.prune or 0.0, "prune")
+                with self._limited(item, watch, limits.prune, why):
+                    self._bench.prune(node, watch)
         except Exception as error:
             return _ended(item, error, watch)
         return _ended(item, None, watch)

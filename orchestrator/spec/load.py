@@ -30,6 +30,7 @@ from orchestrator.spec.schema import (
 )
 from orchestrator.spec.sweep import (
     CalibrationAxes,
+    Limits,
     Protocol,
     PruneGrid,
     ReportSettings,
@@ -347,6 +348,7 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             retries=resources.retries,
             checkpoint_seconds=resources.checkpoint_seconds,
         ),
+        limits=Limits(**parsed.limits.model_dump()),
         tracking=TrackingSettings(**parsed.tracking.model_dump()),
         storage=parsed.storage,
         report=ReportSettings(

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from orchestrator.spec.mistakes import nearest
-from orchestrator.units import parse_bytes
+from orchestrator.units import parse_bytes, parse_seconds
 from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES, SPARSE, PruningError
 from pruning.sparsity import Pattern
 
@@ -160,6 +160,15 @@ def _mask(value: Any) -> float | str:
     )
 
 
+def _seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        return parse_seconds(value)
+    except ValueError as error:
+        raise PydanticCustomError("seconds", "{reason}", {"reason": str(error)}) from error
+
+
 def _is_ratio(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value < 1.0
 
@@ -168,6 +177,7 @@ def _is_ratio(value: Any) -> bool:
 _RATIO = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 _VIEWS = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_COUNT}, {"const": "all"}]}
 _GPUS = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1024}, {"const": "auto"}]}
+_TIME = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}, {"type": "null"}]}
 _SIZE = {
     "anyOf": [
         {"type": "integer", "minimum": 1},
@@ -193,6 +203,7 @@ Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS)), _name
 Allocation = Annotated[str, _known("allocation", list(BUDGETED)), _names(BUDGETED)]
 Bits = Annotated[str, _known("scheme", list(SCHEMES)), _names(SCHEMES)]
 Size = Annotated[int, PlainValidator(_size), WithJsonSchema(_SIZE)]
+Seconds = Annotated[float | None, PlainValidator(_seconds), WithJsonSchema(_TIME)]
 ScheduleEntry = Annotated[
     str | tuple[float, ...], PlainValidator(_schedule), WithJsonSchema(_SCHEDULE)
 ]
@@ -544,6 +555,21 @@ class ResourcesSection(_Section):
     ] = 30.0
 
 
+class LimitsSection(_Section):
+    """How long work may take before its worker is ended and it counts as failed.
+
+    A time is a number of seconds, or a text such as `90s`, `30min`, `2h`, `7d`; `null`: no limit.
+    """
+
+    train: Annotated[Seconds, Field(description="a whole training, from its (re)start")] = 604_800.0
+    silence: Annotated[
+        Seconds,
+        Field(description="between two signs of life of a training, its evaluation included"),
+    ] = 3600.0
+    calibrate: Annotated[Seconds, Field(description="one pass over calibration rays")] = 7200.0
+    prune: Annotated[Seconds, Field(description="one pruning and its evaluation")] = 7200.0
+
+
 class TrackingSection(_Section):
     """Where runs are logged."""
 
@@ -553,6 +579,10 @@ class TrackingSection(_Section):
     experiment: Annotated[
         str, Field(min_length=1, max_length=200, description="name of the MLflow experiment")
     ] = "prunefield"
+    patience: Annotated[
+        Annotated[Number, Field(ge=0, le=86_400)],
+        Field(description="seconds to wait at the end for a tracking store that does not answer"),
+    ] = 60.0
 
 
 class ReportSection(_Section):
@@ -584,6 +614,7 @@ class SweepFile(_Section):
     resources: Annotated[ResourcesSection, Field(description="what each worker takes")] = (
         ResourcesSection()
     )
+    limits: Annotated[LimitsSection, Field(description="how long work may take")] = LimitsSection()
     tracking: Annotated[TrackingSection, Field(description="where runs are logged")] = (
         TrackingSection()
     )

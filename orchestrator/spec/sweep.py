@@ -121,16 +121,37 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How long work may take (s) before its worker is ended and it counts as failed.
+
+    None sets no limit.
+
+    Attributes:
+        train: a whole training, from its (re)start.
+        silence: between two signs of life of a training, its evaluation included.
+        calibrate: one pass over calibration rays.
+        prune: one pruning and its evaluation.
+    """
+
+    train: float | None = 604_800.0
+    silence: float | None = 3600.0
+    calibrate: float | None = 7200.0
+    prune: float | None = 7200.0
+
+
+@dataclass(frozen=True)
 class TrackingSettings:
     """Where runs are logged.
 
     Attributes:
         uri: an MLflow tracking URI; None for SQLite in the storage folder.
         experiment: MLflow experiment.
+        patience: seconds to wait at the end for a tracking store that does not answer.
     """
 
     uri: str | None = None
     experiment: str = "prunefield"
+    patience: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -163,6 +184,7 @@ class Sweep:
         grids: what is pruned.
         protocol: how models are evaluated.
         resources: where the work runs.
+        limits: how long it may take.
         tracking: where it is logged.
         storage: where results are kept: a folder, or ``s3://bucket/prefix``.
         report: what the report shows.
@@ -181,6 +203,7 @@ class Sweep:
     grids: tuple[PruneGrid, ...]
     protocol: Protocol
     resources: Resources
+    limits: Limits
     tracking: TrackingSettings
     storage: str
     report: ReportSettings

@@ -1,6 +1,9 @@
 """What runs next, without a cluster: the queue that Tune asks and the table that lanes ask."""
 
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from orchestrator.plan import Calibration, CalibrationSet, Plan, Training, Trial
 from orchestrator.results import Failure
 from orchestrator.scheduler import cluster
 from orchestrator.scheduler.dispatch import Order, WorkTable
-from orchestrator.scheduler.queue import LANE, Item, Node, PlanQueue, item_of
+from orchestrator.scheduler.queue import LANE, Item, Loss, Node, PlanQueue, item_of
 from tests.unit.sweep_builder import sweep
 
 SWEEP = sweep()
@@ -50,13 +53,13 @@ class FakeDispatch:
     """Remembers what it was offered."""
 
     offered: list[tuple[str, Item]] = field(default_factory=list)
-    lost: tuple[Item, ...] = ()
+    lost: tuple[Loss, ...] = ()
     dropped: list[str] = field(default_factory=list)
 
     def offer(self, work: Iterable[tuple[str, Item]]) -> None:
         self.offered += work
 
-    def drop_lane(self, lane: str) -> tuple[Item, ...]:
+    def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         self.dropped.append(lane)
         return self.lost
 
@@ -247,7 +250,7 @@ def test_a_lane_that_dies_gives_its_work_back_and_another_takes_its_place() -> N
 def test_what_a_dead_lane_lost_is_a_failure() -> None:
     done = training("a", trained=True, evaluated=True)
     bench = Bench(plan(done, trial("x", "a"), trial("y", "a")), lanes=1)
-    bench.dispatch.lost = (("prune", "x"),)
+    bench.dispatch.lost = (Loss(("prune", "x")),)
     bench.suggest()
     bench.queue.on_trial_complete("t1", error=True)
     ((item, failure),) = bench.ends
@@ -340,10 +343,10 @@ def test_what_kills_its_worker_is_retried_so_often_and_then_lost(retries: int) -
     for _ in range(retries):
         assert taken(table.resume("l")) == "a1"
     order = table.resume("l")
-    assert order == Order(None, lost=(("prune", "a1"),))
+    assert order == Order(None, lost=(Loss(("prune", "a1")),))
     assert taken(table.next("l", None)) == "a2"
     # It dies again before it could tell that a1 is lost.
-    assert table.resume("l").lost[0] == ("prune", "a1")
+    assert table.resume("l").lost[0] == Loss(("prune", "a1"))
     table.next("l", None, reported=True)
     assert table.resume("l").lost == ()
 
@@ -354,9 +357,9 @@ def test_what_ended_unreported_is_handed_out_again_and_not_held_against_it() -> 
     table.next("l", None)
     table.next("l", None, reported=True)  # a1 is told
     table.next("l", None)  # a2 is not
-    assert table.resume("l") == Order(None, lost=(("prune", "a3"),))
+    assert table.resume("l") == Order(None, lost=(Loss(("prune", "a3")),))
     assert taken(table.next("l", None)) == "a2"
-    assert table.drop_lane("l") == (("prune", "a3"), ("prune", "a2"))
+    assert table.drop_lane("l") == (Loss(("prune", "a3")), Loss(("prune", "a2")))
 
 
 def test_a_dropped_lane_gives_its_work_to_another() -> None:
@@ -373,7 +376,7 @@ def test_a_dropped_lane_gives_up_what_has_been_tried_too_often() -> None:
     table = WorkTable(retries=0)
     table.offer(work("a1"))
     table.next("l", None)
-    assert table.drop_lane("l") == (("prune", "a1"),)
+    assert table.drop_lane("l") == (Loss(("prune", "a1")),)
     assert table.next("m", None) == Order(None)
 
 
@@ -466,7 +469,7 @@ class Simulation:
 
     def take_up(self, worker: Worker, order: Order) -> None:
         worker.item = order.item
-        worker.unreported += [report(*item, OOPS) for item in order.lost]
+        worker.unreported += [report(*loss.item, OOPS) for loss in order.lost]
         if order.item is not None:
             self.begin(order.item)
 
@@ -570,3 +573,75 @@ def test_only_a_cluster_that_is_meant_is_joined(
     else:
         assert cluster._join() is False
     assert bool(tried) == joins
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+SLOW = Failure("prune", "took longer than 2 h")
+
+
+def test_what_takes_too_long_is_given_up_at_once_whatever_the_retries() -> None:
+    table = WorkTable(retries=5)
+    table.offer(work("a1", "a2"))
+    table.next("l", None)
+    assert table.why_overdue(("prune", "a1")) is None
+    table.overdue(("prune", "a1"), SLOW)
+    assert table.resume("l") == Order(None, lost=(Loss(("prune", "a1"), SLOW),))
+    assert taken(table.next("l", None)) == "a2"
+    assert table.why_overdue(("prune", "a1")) == SLOW
+
+
+def test_what_takes_too_long_is_given_up_with_its_lane_too() -> None:
+    table = WorkTable(retries=5)
+    table.offer(work("a1"))
+    table.next("l", None)
+    table.overdue(("prune", "a1"), SLOW)
+    assert table.drop_lane("l") == (Loss(("prune", "a1"), SLOW),)
+    assert table.next("m", None) == Order(None)
+
+
+def test_lanes_that_give_something_up_do_not_count_as_dying_for_nothing() -> None:
+    done = training("a", trained=True, evaluated=True)
+    nodes = [trial(f"x{i}", "a") for i in range(20)]
+    bench = Bench(plan(done, *nodes), lanes=1)
+    for i in range(19):
+        bench.suggest()
+        bench.dispatch.lost = (Loss(("prune", f"x{i}"), SLOW),)
+        bench.queue.on_trial_complete(f"t{i + 1}", error=True)
+    assert {f.reason for f in bench.ended.values() if f} == {SLOW.reason}
+    assert len(bench.ended) == 19
+    assert bench.suggest()["kind"] == LANE
+
+
+LIMITED = """
+import ctypes, sys, time
+from orchestrator.scheduler import limits
+limits.GRACE_SECONDS = 0.3
+def tell(): print("overdue", flush=True)
+with limits.limited(60.0, tell): pass
+with limits.limited(None, tell): pass
+with limits.limited(0.4, tell): {block}
+print("went on", flush=True)
+time.sleep(0.6)
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "says", "ends"),
+    [
+        ("time.sleep(0.01)", "went on\n", 0),
+        ("time.sleep(30)", "overdue\n", -signal.SIGKILL),
+        ("exec('while True: pass')", "overdue\n", -signal.SIGKILL),
+        # It holds Python's lock: no thread can tell, and the kernel ends it.
+        ("ctypes.PyDLL(None).sleep(30)", "", -signal.SIGALRM),
+    ],
+)
+def test_a_block_that_takes_too_long_ends_its_process(block: str, says: str, ends: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.format(block=block)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == (says, ends)
