@@ -85,7 +85,7 @@ class CalibrationSet:
 
     def identity(self) -> dict[str, Any]:
         """What goes into keys; settings at their default are left out."""
-        return _without(asdict(self), weighting="uniform")
+        return _without(vars(self), weighting="uniform")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Needs:
 
     def identity(self) -> dict[str, Any]:
         """What goes into keys; settings at their default are left out."""
-        return _without(asdict(self), moments=("mean",), prunable="trunk")
+        return _without(vars(self), moments=("mean",), prunable="trunk")
 
 
 @dataclass(frozen=True)
@@ -568,7 +568,7 @@ def _mask_targets(grid: PruneGrid) -> Iterator[_Target]:
         yield _Target("mask", mask=mask)
 
 
-def _without(data: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+def _without(data: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     """The data less what is at its default."""
     return {n: v for n, v in data.items() if n not in defaults or v != defaults[n]}
 

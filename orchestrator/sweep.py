@@ -19,6 +19,7 @@ from orchestrator.spec import Sweep, load
 from orchestrator.store import Held, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
 from orchestrator.tracking.listener import TrackingListener
+from orchestrator.tracking.names import lease_of
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,3 @@ def report_data(results: Results, store: Store) -> ReportData:
 def report_folder(sweep: Sweep, store: Store) -> Path:
     """Where the report of a sweep goes by default."""
     return store.root / "sweeps" / f"{sweep.name}-{sweep.hash}" / "report"
-
-
-def lease_of(name: str, digest: str) -> str:
-    """Name of the lease of whoever runs a sweep."""
-    return f"sweep-{name}-{digest}"

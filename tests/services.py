@@ -97,7 +97,12 @@ class Postgres:
             *("--pwfile", str(folder / "password"), "-E", "UTF8", "--no-sync"),
         )
         self.start()
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "prunefield", "runs")
+        self._run("createdb", *self.where, "runs")
+
+    @property
+    def where(self) -> list[str]:
+        """Arguments of PostgreSQL's own programs."""
+        return ["-h", "127.0.0.1", "-p", str(self.port), "-U", "prunefield"]
 
     @property
     def uri(self) -> str:
@@ -112,16 +117,17 @@ class Postgres:
         self._run("pg_ctl", *self._data, "-m", "immediate", "-w", "stop")
 
     def _run(self, tool: str, *arguments: str) -> None:
-        done = subprocess.run(
-            [str(self.tools / tool), *arguments],
-            user=self.user if os.getuid() == 0 else None,
-            cwd=self.folder,
-            env={**os.environ, "PGPASSWORD": self.password, "HOME": str(self.folder)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # not a pipe: the server would hold it open
-            stderr=(self.folder / "said").open("ab"),
-            check=False,
-        )
+        with (self.folder / "said").open("ab") as said:  # not a pipe: the server would keep it open
+            done = subprocess.run(
+                [str(self.tools / tool), *arguments],
+                user=self.user if os.getuid() == 0 else None,
+                cwd=self.folder,
+                env={**os.environ, "PGPASSWORD": self.password, "HOME": str(self.folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                check=False,
+            )
         if done.returncode:
             raise RuntimeError(f"{tool}: {(self.folder / 'said').read_text()[-2000:]}")
 

@@ -81,11 +81,11 @@ def ui(options: argparse.Namespace) -> int:
     """Serve the MLflow UI until interrupted."""
     from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
-    from orchestrator.tracking import default_uri, links, serve
+    from orchestrator.tracking import links, serve, tracking_uri
     from orchestrator.tracking.names import sqlite_path
 
     sweep, store = open_sweep(options.sweep)
-    uri = sweep.tracking.uri or default_uri(store)
+    uri = tracking_uri(sweep.tracking.uri, store)
     database = sqlite_path(uri)
     if database is not None and not database.is_file():
         raise SweepError(

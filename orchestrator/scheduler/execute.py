@@ -19,7 +19,8 @@ from orchestrator.scheduler.cluster import capacity, connected, environment, req
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
-from orchestrator.scheduler.worker import StageTrainable
+from orchestrator.scheduler.worker import BenchMaker, StageTrainable
+from orchestrator.stages import Workbench
 from orchestrator.store import Store
 
 TUNE_ENVIRONMENT = {
@@ -58,7 +59,13 @@ class Outcome:
     interrupted: bool
 
 
-def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listener]) -> Outcome:
+def execute(
+    plan: Plan,
+    store: Store,
+    origin: Origin,
+    listeners: Iterable[Listener],
+    bench: BenchMaker = Workbench,
+) -> Outcome:
     """Run what a plan misses, on the cluster at hand or on this machine.
 
     Every result is in the store before a listener hears of it.
@@ -68,6 +75,7 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
         store: where results go.
         origin: commit and versions of this code.
         listeners: told of every report and every end, in the driver's thread.
+        bench: makes the bench of each worker.
 
     Raises:
         ClusterError: the cluster cannot be reached or cannot give what the sweep asks for.
@@ -96,11 +104,11 @@ def execute(plan: Plan, store: Store, origin: Origin, listeners: Iterable[Listen
     if queue.total == 0:
         return Outcome((), interrupted=False)
     with connected():
-        _fit(plan, store, origin, queue)
+        _fit(plan, store, origin, queue, bench)
     return Outcome(tuple(failures), interrupted=queue.total > 0)
 
 
-def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
+def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue, bench: BenchMaker) -> None:
     wanted = requests(plan.sweep.resources)
     everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
     nodes: dict[Item, Node] = {item_of(node): node for node in everything}
@@ -116,6 +124,7 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue) -> None:
             nodes=nodes,
             exchange=exchange,
             dispatcher=dispatcher,
+            bench=bench,
         ),
         lambda config: tune.PlacementGroupFactory([wanted[config["kind"]]]),
     )

@@ -1,7 +1,7 @@
 """One actor that runs stages: Tune's trainable. It is reused, so what it loaded stays loaded."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,8 @@ from orchestrator.store import Store
 # driver then costs nothing to short prunings.
 REPORT_SECONDS = 0.5
 
+BenchMaker = Callable[..., Workbench]
+"""Makes a worker's bench; another than the real one serves to study the scheduler by itself."""
 Work = Generator[Update, None, Update]  # reports, and returns the last one
 
 
@@ -41,11 +43,12 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         nodes: Mapping[Item, Node],
         exchange: Exchange,
         dispatcher: Dispatcher,
+        bench: BenchMaker = Workbench,
     ) -> None:
         """Open the workbench; it stays open for every later trial of this actor."""
         self._nodes = nodes
         self._dispatcher = dispatcher
-        self._bench = Workbench(relocated(sweep), store, origin, exchange.find, exchange.publish)
+        self._bench = bench(relocated(sweep), store, origin, exchange.find, exchange.publish)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -40,6 +40,8 @@ def mistakes_of(
                 location[-1], allowed
             )
             value = None
+        elif kind == "password":
+            value = None
         elif kind == "missing":
             message, value = "this key is required", None
         elif kind == "literal_error":

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -92,6 +93,26 @@ def _storage(value: str) -> str:
             "storage", "allowed are a folder, s3://BUCKET and s3://BUCKET/PREFIX"
         )
     return value
+
+
+def _tracking_uri(value: str | None) -> str | None:
+    if value is not None and holds_password(value):
+        raise PydanticCustomError(
+            "password",
+            "an address here must not hold a password: give it in the environment, as PGPASSWORD "
+            "or MLFLOW_TRACKING_PASSWORD, or the whole address as PRUNEFIELD_TRACKING_URI",
+        )
+    return value
+
+
+def holds_password(value: str) -> bool:
+    """Whether an address has a password in it, so that it must not be shown either."""
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        return "@" in value
+    query = {name.lower() for name in parse_qs(parts.query)}
+    return parts.password is not None or bool(query & {"password", "passwd", "sslpassword"})
 
 
 def listed_schedules(value: Any) -> Any:
@@ -573,9 +594,15 @@ class LimitsSection(_Section):
 class TrackingSection(_Section):
     """Where runs are logged."""
 
-    uri: Annotated[str | None, Field(description="MLflow URI; SQLite in `storage` by default")] = (
-        None
-    )
+    uri: Annotated[
+        str | None,
+        AfterValidator(_tracking_uri),
+        Field(
+            description="MLflow URI: a server, or a database such as "
+            "`postgresql://USER@HOST/DATABASE`, without a password; SQLite in `storage` by "
+            "default; $PRUNEFIELD_TRACKING_URI goes before it"
+        ),
+    ] = None
     experiment: Annotated[
         str, Field(min_length=1, max_length=200, description="name of the MLflow experiment")
     ] = "prunefield"

@@ -25,6 +25,8 @@ With an address ``s3://bucket/prefix`` the entries are in that bucket (see
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -80,6 +82,16 @@ class Store:
             StoreError: it cannot.
         """
         self._backend.prepare()
+
+    def identity(self) -> str:
+        """What tells this storage from every other, wherever it is looked at from.
+
+        Raises:
+            StoreError: it cannot be read, or not be written the first time.
+        """
+        while (found := self._backend.read("identity")) is None:
+            self._backend.swap("identity", secrets.token_hex(8).encode(), None)
+        return re.sub(r"\W", "", found.data.decode(errors="replace"))[:64]
 
     # --- entries ---------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ talks to, `RunWriter` does the writing, `serve` and `links` show the result in a
 """
 
 from orchestrator.tracking.logger import TrackingLogger
-from orchestrator.tracking.names import SweepInfo, default_uri
+from orchestrator.tracking.names import SweepInfo, default_uri, tracking_uri
 from orchestrator.tracking.ui import Links, links, serve, ui_command
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "default_uri",
     "links",
     "serve",
+    "tracking_uri",
     "ui_command",
 ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from orchestrator.errors import TrackingError
 from orchestrator.results import Record
 from orchestrator.store import Store
-from orchestrator.tracking.names import SweepInfo, default_uri
+from orchestrator.tracking.names import SweepInfo, shown, tracking_uri
 
 if TYPE_CHECKING:  # MLflow takes two seconds to import: the thread does it
     from orchestrator.tracking.writer import RunWriter
@@ -29,6 +29,7 @@ CURVE_POINTS = 250
 ATTEMPTS = 4
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
+CLOSING_DELAY = 2.0
 
 CurvePoint = tuple[int, int, Mapping[str, float]]
 Action = Callable[["RunWriter"], None]
@@ -49,7 +50,8 @@ class TrackingLogger:
     FAILED after an exception, as KILLED after Ctrl-C; children that had no record as KILLED.
 
     Args:
-        uri: the tracking store; None for SQLite in the storage folder.
+        uri: the tracking store; None for SQLite in the storage folder. `PRUNEFIELD_TRACKING_URI`
+            goes before it.
         experiment: name of the MLflow experiment.
         info: what the parent run says about the sweep.
         store: where the files beside the records are.
@@ -70,7 +72,7 @@ class TrackingLogger:
         system_metrics: bool = True,
         patience: float = 60.0,
     ) -> None:
-        self.uri = uri or default_uri(store)
+        self.uri = tracking_uri(uri, store)
         self.experiment = experiment
         self.info = info
         self.store = store
@@ -174,7 +176,7 @@ class TrackingLogger:
             self._error = (
                 error
                 if isinstance(error, TrackingError)
-                else TrackingError(f"the tracking store {self.uri} cannot be used: {error}")
+                else TrackingError(f"the tracking store {shown(self.uri)} cannot be used: {error}")
             )
             self._ready.set()
             return
@@ -213,7 +215,11 @@ class TrackingLogger:
 
         A server that nobody reaches counts as no attempt: it may come back during the sweep.
         """
-        from orchestrator.tracking.stores import brief, unreachable  # noqa: PLC0415  imports MLflow
+        from orchestrator.tracking.stores import (  # noqa: PLC0415  imports MLflow
+            brief,
+            is_outage,
+            unreachable,
+        )
 
         attempts, delay = 0, FIRST_DELAY
         while True:
@@ -226,7 +232,7 @@ class TrackingLogger:
                 except Exception as error:
                     log.debug("logging %s failed", what, exc_info=True)
                     problem = brief(error)
-                    attempts += 1
+                    attempts += not is_outage(error, self.uri)
             if attempts >= ATTEMPTS or time.monotonic() + delay > self._deadline:
                 self._unlogged.append((what, problem))
                 return
@@ -234,7 +240,7 @@ class TrackingLogger:
                 log.info("cannot log %s yet (%s); trying again in the background", what, problem)
                 self._told = True
             if self._closing.is_set():
-                time.sleep(delay)
+                time.sleep(min(delay, CLOSING_DELAY))  # somebody waits
             else:
                 self._closing.wait(delay)
             delay = min(2 * delay, LONGEST_DELAY)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,10 @@ from orchestrator.results import Record, method_of
 from orchestrator.store import Store
 from orchestrator.units import show_bytes
 
+URI_VARIABLE = "PRUNEFIELD_TRACKING_URI"
+
 HASH = "prunefield.sweep_hash"
+STORAGE = "prunefield.storage"
 KIND = "prunefield.kind"
 KEY = "prunefield.key"
 STATE = "prunefield.state"
@@ -62,16 +67,43 @@ def default_uri(store: Store) -> str:
     return f"sqlite:///{store.root / 'mlflow.db'}"
 
 
+def tracking_uri(setting: str | None, store: Store) -> str:
+    """Where runs are logged: what the environment says, else the sweep file, else SQLite.
+
+    The environment may hold what a file must not: an address with a password in it.
+    """
+    return os.environ.get(URI_VARIABLE) or setting or default_uri(store)
+
+
+def shown(uri: str) -> str:
+    """An address without its password, wherever that stands in it."""
+    uri = re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1:***@", uri)
+    return re.sub(r"(?i)([?&](?:password|passwd|sslpassword|token)=)[^&#]*", r"\1***", uri)
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The file behind a SQLite address; None for anything else."""
     name = uri.partition(":///")[2].partition("?")[0]
     return Path(name) if uri.startswith("sqlite") and name else None
 
 
-def artifact_location(uri: str) -> str | None:
-    """Where a new experiment keeps its files: beside a SQLite file; a server decides itself."""
-    path = sqlite_path(uri)
-    return (path.resolve().parent / "mlartifacts").as_uri() if path else None
+def artifact_location(uri: str, store: Store | None = None) -> str | None:
+    """Where a new experiment keeps its files; a server decides itself.
+
+    Beside a SQLite file; with another database in the storage, if that is given.
+    """
+    if path := sqlite_path(uri):
+        return (path.resolve().parent / "mlartifacts").as_uri()
+    if store is None or uri.startswith(("http://", "https://")):
+        return None
+    if store.address != str(store.root):
+        return f"{store.address}/mlartifacts"
+    return (store.root / "mlartifacts").as_uri()
+
+
+def lease_of(name: str, sweep_hash: str) -> str:
+    """Name of the lease of whoever runs a sweep."""
+    return f"sweep-{name}-{sweep_hash}"
 
 
 def sweep_tags(info: SweepInfo) -> dict[str, str]:

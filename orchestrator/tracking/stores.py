@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Iterator
 
 from orchestrator.errors import TrackingError
-from orchestrator.tracking.names import sqlite_path
+from orchestrator.tracking.names import shown, sqlite_path
 
 # Neither call home nor print an emoji and an address at the end of every run. MLflow reads both
 # when it is imported; whoever set them before keeps his choice.
@@ -18,10 +18,24 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import requests
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy import create_engine
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 PROBE_SECONDS = 5.0
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+AWAY = (502, 503, 504)  # what MLflow and proxies answer when what is behind them is away
+GONE = (
+    OperationalError,
+    InterfaceError,
+    ConnectionError,
+    TimeoutError,
+    requests.ConnectionError,
+    requests.Timeout,
+)
 NOISY = ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics")
 
 
@@ -39,15 +53,17 @@ def open_client(uri: str) -> MlflowClient:
     elif scheme in ("http", "https"):
         if problem := unreachable(uri):
             raise TrackingError(
-                f"the tracking server {uri} does not answer: {problem}; start it, or leave out "
-                "`tracking.uri` to keep the runs in the storage folder"
+                f"the tracking server {shown(uri)} does not answer: {problem}; start it, or leave "
+                "out `tracking.uri` to keep the runs in the storage folder"
             )
     elif scheme not in DATABASES:
         raise TrackingError(
-            f"{uri!r} is not a tracking store that prunefield can use; allowed are "
+            f"{shown(uri)!r} is not a tracking store that prunefield can use; allowed are "
             "http(s)://HOST:PORT of an MLflow server, sqlite:///FILE and postgresql://…"
         )
     try:
+        if scheme in DATABASES and scheme != "sqlite":
+            _probe_database(uri)
         with quiet():
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
@@ -59,30 +75,41 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def unreachable(uri: str) -> str | None:
-    """Why nothing listens at a server's address; None when something does, or for a database.
+    """Why nothing listens at a server's address; None when something does, or for a file.
 
     One TCP connection: MLflow's own retries would take four minutes to say the same.
     """
     parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
+    default = PORTS.get(parts.scheme.partition("+")[0])
+    if default is None or not parts.hostname:  # a file, or a socket of this machine
         return None
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        with socket.create_connection((parts.hostname or "", port), timeout=PROBE_SECONDS):
+        with socket.create_connection((parts.hostname, parts.port or default), PROBE_SECONDS):
             return None
     except (OSError, ValueError) as error:
         return brief(error)
 
 
-def shown(uri: str) -> str:
-    """The address without its password."""
-    parts = urllib.parse.urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
+def is_outage(error: BaseException, uri: str) -> bool:
+    """Whether an error says that a server is away for a while, not that it refuses.
+
+    A database that restarts breaks connections, then refuses them, then says that it starts up.
+    """
+    if uri.startswith("sqlite"):
+        return False
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, GONE):
+            return True
+        if isinstance(seen, MlflowException) and seen.get_http_status_code() in AWAY:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what an error says, without passwords."""
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextlib.contextmanager
@@ -97,6 +124,15 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _probe_database(uri: str) -> None:
+    """Connect once: MLflow itself would try for almost two minutes to learn of a wrong password."""
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _check_sqlite(uri: str) -> None:

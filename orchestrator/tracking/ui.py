@@ -49,12 +49,14 @@ def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
     """
     if path := names.sqlite_path(uri):
         uri = f"sqlite:///{path.resolve()}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "server"]
     if location := names.artifact_location(uri):
         command += ["--default-artifact-root", location]
     command += ["--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {
         **os.environ,
+        # Not an argument, which every user of this machine could read: it may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": os.environ.get("MLFLOW_DISABLE_TELEMETRY", "true"),
     }

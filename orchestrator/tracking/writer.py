@@ -82,6 +82,7 @@ class RunWriter:
         for run in self._search_children():
             self._take(run.data.tags[names.KEY], _child(run))
         self._monitor: SystemMetricsMonitor | None = None
+        self._end_abandoned()
 
     # --- opening ---------------------------------------------------------------------------
 
@@ -89,14 +90,14 @@ class RunWriter:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             return self.client.create_experiment(
-                name, artifact_location=names.artifact_location(self.uri)
+                name, artifact_location=names.artifact_location(self.uri, self.store)
             )
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
     def _parent(self) -> str:
-        tags = names.sweep_tags(self.info)
+        tags = names.sweep_tags(self.info) | {names.STORAGE: self.store.identity()}
         where = f"tags.`{names.HASH}` = '{self.info.hash}' AND tags.`{names.KIND}` = 'sweep'"
         runs = self.client.search_runs(
             [self.experiment_id], where, order_by=["attributes.start_time ASC"]
@@ -112,18 +113,39 @@ class RunWriter:
         return str(run.info.run_id)
 
     def _search_children(self) -> Iterator[Run]:
+        found = self._search(f"tags.`{names.PARENT}` = '{self.parent}'")
+        yield from (run for run in found if names.KEY in run.data.tags)
+
+    def _search(self, where: str) -> Iterator[Run]:
         token: str | None = None
         while True:
             page = self.client.search_runs(
-                [self.experiment_id],
-                f"tags.`{names.PARENT}` = '{self.parent}'",
-                max_results=PAGE,
-                page_token=token,
+                [self.experiment_id], where, max_results=PAGE, page_token=token
             )
-            yield from (run for run in page if names.KEY in run.data.tags)
+            yield from page
             token = page.token
             if not token:
                 return
+
+    def _end_abandoned(self) -> None:
+        """End what drivers that were killed left running, of all sweeps of this storage."""
+        here = f"tags.`{names.STORAGE}` = '{self.store.identity()}'"
+        running = f"attributes.status = 'RUNNING' AND {here}"
+        for run in list(self._search(running)):
+            tags, run_id = run.data.tags, run.info.run_id
+            lease = names.lease_of(run.info.run_name, tags.get(names.HASH, ""))
+            if run_id == self.parent or self.store.lease_holder(lease) is not None:
+                continue
+            inside = f"attributes.status = 'RUNNING' AND tags.`{names.PARENT}` = '{run_id}'"
+            for child in list(self._search(inside)):
+                self.client.set_terminated(child.info.run_id, "KILLED")
+            self.client.set_terminated(run_id, "KILLED")
+
+    def _end_duplicates(self) -> None:
+        """Remove runs that a broken connection made twice: begun there, unknown here."""
+        known = {child.run_id for child in self.children.values()}
+        where = f"attributes.status = 'RUNNING' AND tags.`{names.PARENT}` = '{self.parent}'"
+        self._outdated |= {run.info.run_id for run in self._search(where)} - known
 
     def _take(self, key: str, child: Child) -> None:
         """One run a key: if a crash left two, the complete one stays."""
@@ -343,6 +365,7 @@ class RunWriter:
 
     def end(self, status: str) -> None:
         """End every child that still runs, then the parent."""
+        self._end_duplicates()
         self._remove_outdated()
         for key, child in self.children.items():
             if child.status == "RUNNING":

@@ -13,7 +13,8 @@ from orchestrator.provenance import Origin
 from orchestrator.stages import Stopwatch, Workbench
 from orchestrator.store import Held, Lease, Store
 from orchestrator.store.leases import Owner
-from orchestrator.sweep import lease_of, open_sweep
+from orchestrator.sweep import open_sweep
+from orchestrator.tracking.names import lease_of
 from tests.unit.sweep_builder import mapping, sweep, text, with_scene
 
 

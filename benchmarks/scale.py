@@ -1,0 +1,256 @@
+"""How far a sweep goes: planning, a simulated large cluster, the report, and what they cost.
+
+    python -m benchmarks.scale                  everything, as docs/results/reliability.md has it
+    python -m benchmarks.scale cluster --trials 1000 --nodes 2
+
+The cluster is simulated: so many logical Ray nodes on this machine, each with a GPU that does not
+exist. The trials do nothing but write their records, so what is measured is the scheduler:
+dispatcher, lanes, Tune, the store, the driver's listeners.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.plan import Calibration, Plan, Training, Trial, make_plan
+from orchestrator.progress import Progress
+from orchestrator.provenance import Origin
+from orchestrator.report import write_report
+from orchestrator.report.tables import front_json
+from orchestrator.results import Provenance, Record, ViewScore
+from orchestrator.scheduler import execute
+from orchestrator.spec import Sweep, read_text
+from orchestrator.stages import Stopwatch, Update
+from orchestrator.store import Store
+from orchestrator.sweep import collect, report_data
+
+FILE = """
+name: scale
+scene: {{format: demo, path: {scene}}}
+train:
+  {{iterations: 10, network: {{depth: 4, width: 16, skip: 1}}, samples: {{coarse: 8, fine: 8}}}}
+prune:
+  networks: [both, coarse]
+  criteria: [activation]
+  ratios: [{ratios}]
+  calibration: {{views: [1, 2], rays: [8, 16, 32, 64, 128], seeds: [{seeds}]}}
+resources: {{train: {{cpus: 1}}, prune: {{cpus: 1, gpus: 0.25}}}}
+storage: {storage}
+"""
+MADE_UP = "made up"
+
+
+def sweep_of(trials: int, folder: Path) -> Sweep:
+    """A sweep of so many trials (a multiple of 200), with a scene in a folder."""
+    ratios = ", ".join(f"{i / (trials // 200 + 1):.5f}" for i in range(trials // 200))
+    seeds = ", ".join(str(seed) for seed in range(10))
+    text = FILE.format(scene=folder / "scene", storage=folder / "out", ratios=ratios, seeds=seeds)
+    return read_text(text, Path("scale.yaml"))
+
+
+def made_up(kind: Any, key: str, training: str, config: Mapping[str, Any], host: str) -> Record:
+    """A record as a trial would leave it, of numbers that mean nothing."""
+    ratio = float(config.get("ratio") or 0.0)
+    noise = int(key[:6], 16) / 16**6
+    return Record(
+        kind=kind,
+        key=key,
+        training=training,
+        config=config,
+        metrics={
+            "mse": 0.002 + 0.01 * ratio + 0.002 * noise,
+            "psnr": 27.0 - 9.0 * ratio - 2.0 * noise,
+            "ssim": 0.8 - 0.3 * ratio,
+            "size_bytes": float(round(2e6 * (1 - ratio) ** 2 + 1000 * noise) + 5000),
+            "params": 5e5 * (1 - ratio),
+            "render_seconds": 0.1,
+            "achieved_ratio": ratio,
+        },
+        views=tuple(ViewScore(v, 0.002, 27.0 - 9.0 * ratio, 0.8) for v in (0, 8, 16)),
+        widths={"coarse": (16,) * 4, "fine": (16,) * 4},
+        provenance=Provenance(None, MADE_UP, host, {}, "2026-01-01T00:00:00+00:00", {"prune": 0.0}),
+    )
+
+
+class NoWork:
+    """A bench whose stages take no time: they write their records."""
+
+    loaded_model: str | None = None
+
+    def __init__(self, sweep: Sweep, store: Store, origin: Origin, *_: Any) -> None:
+        self.sweep, self.store, self.origin = sweep, store, origin
+
+    def _write(self, kind: Any, key: str, training: str, config: Mapping[str, Any]) -> None:
+        with self.store.writing(kind, key) as folder:
+            host = os.environ.get("RAY_NODE_ID", "") or str(os.getppid())
+            self.store.write_record(folder, made_up(kind, key, training, config, host))
+
+    def train(self, training: Training, _: Stopwatch) -> Iterator[Update]:
+        """No training."""
+        self._write("checkpoint", training.key, training.key, training.config)
+        self._write("training", training.result, training.key, training.config)
+        yield {"iteration": 10, "loss": 0.1, "train_psnr": 20.0, "rate": 1.0, "total": 10}
+
+    def calibrate(self, calibration: Calibration, _: Stopwatch) -> None:
+        """No calibration."""
+        for key in calibration.sets.values():
+            with self.store.writing("statistics", key):
+                pass
+
+    def prune(self, trial: Trial, _: Stopwatch) -> None:
+        """No pruning."""
+        self._write("trial", trial.key, trial.training, trial.config.flat())
+
+
+class MemoryOfDriver:
+    """A listener that follows this process's memory as trials end."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, int]] = []
+        self.first: float | None = None
+        self.last = 0.0
+        self._done = 0
+        self._process = psutil.Process()
+
+    def started(self, total: int) -> None:
+        """Nothing yet."""
+
+    def progress(self, training: Training, report: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def ended(self, record: Record | None) -> None:
+        """One more."""
+        self._done += record is not None
+        self.first = self.first or time.perf_counter()
+        self.last = time.perf_counter()
+        if self._done % 250 == 0:
+            self.points.append((self._done, self._process.memory_info().rss))
+
+    def kilobytes_a_trial(self) -> float:
+        """Slope between the first quarter, when everything is loaded, and the end."""
+        late = [p for p in self.points if p[0] >= self.points[-1][0] // 4]
+        (a, low), (b, high) = late[0], late[-1]
+        return (high - low) / 1000 / max(b - a, 1)
+
+    def rate(self) -> float:
+        """Ends a second, from the first on."""
+        return (self._done - 1) / max(self.last - (self.first or 0.0), 1e-9)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall seconds, and what came out."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def measure_plan(trials: int, folder: Path) -> dict[str, Any]:
+    """The time of `plan`."""
+    sweep = sweep_of(trials, folder)
+    store = Store(folder / "empty")
+    make_plan(sweep_of(200, folder), store)  # makes the scene
+    seconds, plan = timed(lambda: make_plan(sweep, store))
+    return {"trials": len(plan.trials), "seconds": round(seconds, 2)}
+
+
+def measure_cluster(trials: int, nodes: int, folder: Path) -> dict[str, Any]:
+    """A whole run of no-op trials on a simulated cluster."""
+    import ray  # noqa: PLC0415  not needed for the rest
+    from ray.cluster_utils import Cluster  # noqa: PLC0415
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    sweep, store = sweep_of(trials, folder), Store(folder / "out")
+    store.prepare()
+    plan = make_plan(sweep, store)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=1, num_gpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    memory = MemoryOfDriver()
+    try:
+        with Progress() as progress:
+            seconds, outcome = timed(
+                lambda: execute(plan, store, Origin(None, {}), [progress, memory], bench=NoWork)
+            )
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    records = store.read_records("trial", [t.key for t in plan.trials])
+    return {
+        "trials": len(records),
+        "nodes": nodes,
+        "failures": len(outcome.failures),
+        "seconds": round(seconds, 1),
+        "trials_per_second": round(memory.rate(), 1),
+        "driver_kB_per_trial": round(memory.kilobytes_a_trial(), 2),
+        "driver_MB_at_the_end": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "workers": len({record.provenance.host for record in records}),
+    }
+
+
+def fill(trials: int, folder: Path) -> tuple[Plan, Store]:
+    """A store that holds the results of a whole sweep."""
+    store = Store(folder / "out")
+    plan = make_plan(sweep_of(trials, folder), store)
+    bench = NoWork(plan.sweep, store, Origin(None, {}))
+    for training in plan.trainings:
+        if not training.cached:
+            list(bench.train(training, Stopwatch()))
+    for trial in plan.trials:
+        if not trial.cached:
+            bench.prune(trial, Stopwatch())
+    return make_plan(plan.sweep, store), store
+
+
+def measure_report(trials: int, folder: Path) -> dict[str, Any]:
+    """The times of `front` and `report`, from the sweep file to the end."""
+    _, store = fill(trials, folder)
+    sweep = sweep_of(trials, folder)
+
+    def front() -> Any:
+        return front_json(report_data(collect(make_plan(sweep, store), store), store))
+
+    def report() -> Any:
+        data = report_data(collect(make_plan(sweep, store), store), store)
+        return write_report(data, folder / "report")
+
+    front_seconds, found = timed(front)
+    report_seconds, files = timed(report)
+    return {
+        "trials": found["trials"]["done"],
+        "front_seconds": round(front_seconds, 2),
+        "report_seconds": round(report_seconds, 2),
+        "report_MB": round(files.html.stat().st_size / 1e6, 1),
+    }
+
+
+def main() -> None:
+    """Measure what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", choices=("plan", "cluster", "report", []), default=[])
+    parser.add_argument("--trials", type=int, help="a multiple of 200")
+    parser.add_argument("--nodes", type=int, default=8)
+    options = parser.parse_args()
+    what = options.what or ["plan", "cluster", "report"]
+    with tempfile.TemporaryDirectory(prefix="scale.") as name:
+        folder = Path(name)
+        if "plan" in what:
+            print("plan", json.dumps(measure_plan(options.trials or 100_000, folder)), flush=True)
+        if "cluster" in what:
+            measured = measure_cluster(options.trials or 10_000, options.nodes, folder)
+            print("cluster", json.dumps(measured), flush=True)
+        if "report" in what:
+            measured = measure_report(options.trials or 10_000, folder)
+            print("report", json.dumps(measured), flush=True)
+
+
+if __name__ == "__main__":
+    main()
