@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nerf.backends import Backend
 from nerf.cameras import Rays, view_rays
-from nerf.devices import Precision, arithmetic
+from nerf.devices import Precision
 from nerf.field import NerfModel
 from nerf.files import replacing
 from nerf.metrics import SSIM_WINDOW, mse, psnr, ssim
-from nerf.rendering import RenderSettings, render_colors
+from nerf.renderer import Renderer
+from nerf.rendering import RenderSettings
 from nerf.scenes.scene import Scene
 
 ERROR_MAP_FULL_SCALE = 0.25
@@ -122,6 +124,7 @@ class HeldOut:
         precision: Precision = "float32",
         chunk: int | None = None,
         progress: Callable[[int], None] | None = None,
+        backend: Backend = "auto",
     ) -> Evaluation:
         """Render every held-out view and compare it with its photo.
 
@@ -130,12 +133,13 @@ class HeldOut:
             precision: arithmetic of the linear layers.
             chunk: rays at once; chosen for the device when None.
             progress: called with the number of rays done in the view.
+            backend: how the networks are run, see `nerf.backends`.
         """
+        renderer = Renderer(model, self.settings, precision, backend)
         results = []
         for view, rays, photo in zip(self.views, self._rays, self._photos, strict=True):
             started = time.perf_counter()
-            with arithmetic(precision, photo.device):
-                colors = render_colors(model, rays, self.settings, chunk, progress)
+            colors = renderer.colors(rays, chunk, progress)
             if photo.is_cuda:
                 torch.cuda.synchronize(photo.device)
             seconds = time.perf_counter() - started

@@ -1,47 +1,48 @@
 """A training step as one CUDA graph: the GPU repeats it without waiting for Python."""
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-Update = Callable[[Tensor], tuple[Tensor, Tensor]]
+Result = TypeVar("Result")
 
 
-class StepGraph:
-    """Captures one update and replays it with other rays.
+class StepGraph(Generic[Result]):
+    """Captures one call of a function and replays it with other inputs.
 
-    Capturing runs nothing: the update must have run a few times before, so that everything it
+    Capturing runs nothing: the function must have run a few times before, so that everything it
     allocates once is there.
 
     Args:
-        update: takes the numbers of the rays to train on, gives the coarse and the fine MSE;
-            whatever else it reads (weights, learning rate) is read anew at each replay.
-        picked: numbers of some rays: their count is fixed.
-        generator: random numbers the update draws; it goes on from replay to replay.
+        function: what to capture; whatever else it reads (weights, learning rate) is read anew at
+            each replay.
+        generator: random numbers it draws; it goes on from replay to replay.
+        inputs: what it is called with: their sizes are fixed.
         alone: whether no other thread may call CUDA meanwhile; NCCL's watchdog does.
 
     Raises:
-        RuntimeError: the update does something that a graph cannot hold.
+        RuntimeError: the function does something that a graph cannot hold.
     """
 
     def __init__(
         self,
-        update: Update,
-        picked: Int[Tensor, " rays"],
+        function: Callable[..., Result],
         generator: torch.Generator,
+        *inputs: Tensor,
         alone: bool = True,
     ) -> None:
-        self._picked = picked.clone()
+        self._inputs = tuple(value.clone() for value in inputs)
         self._graph = torch.cuda.CUDAGraph()
         self._graph.register_generator_state(generator)
         mode = "global" if alone else "thread_local"
         with torch.cuda.graph(self._graph, capture_error_mode=mode):
-            self._result = update(self._picked)
+            self._result = function(*self._inputs)
 
-    def __call__(self, picked: Int[Tensor, " rays"]) -> tuple[Tensor, Tensor]:
-        """Replay the update on other rays; the result is overwritten by the next replay."""
-        self._picked.copy_(picked)
+    def __call__(self, *inputs: Tensor) -> Result:
+        """Replay it on other inputs; the result is overwritten by the next replay."""
+        for own, value in zip(self._inputs, inputs, strict=True):
+            own.copy_(value)
         self._graph.replay()
         return self._result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nerf import sampling
 from nerf.cameras import Camera, Rays, view_rays
-from nerf.field import Field, NerfModel
+from nerf.field import Field, NerfModel, SampleCounts
 
 LAST_DISTANCE = 1e10
 
@@ -121,12 +121,54 @@ def composite(
     return Pass(rgb, weights, t)
 
 
+@dataclass(frozen=True)
+class RandomNumbers:
+    """The random numbers of one batch of rays in training.
+
+    Attributes:
+        jitter: where in their strata the coarse samples lie, in [0, 1).
+        u: where in the CDF the fine samples are drawn, in [0, 1).
+        coarse_noise: added to the raw density of the coarse pass; None for none.
+        fine_noise: of the fine pass.
+    """
+
+    jitter: Float[Tensor, "rays coarse"]
+    u: Float[Tensor, "rays fine"]
+    coarse_noise: Float[Tensor, "rays coarse"] | None
+    fine_noise: Float[Tensor, "rays all"] | None
+
+    @classmethod
+    def draw(
+        cls,
+        n_rays: int,
+        samples: SampleCounts,
+        source: sampling.Draws,
+        noise_std: float,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> "RandomNumbers":
+        """Draw them, in an order that never changes: jitter, coarse noise, u, fine noise."""
+
+        def uniform(count: int) -> Tensor:
+            return sampling.uniform(source, n_rays, count, device, dtype)
+
+        def noise(count: int) -> Tensor | None:
+            if noise_std == 0.0:
+                return None
+            return sampling.normal(source, n_rays, count, device) * noise_std
+
+        jitter, coarse_noise = uniform(samples.coarse), noise(samples.coarse)
+        u, fine_noise = uniform(samples.fine), noise(samples.coarse + samples.fine)
+        return cls(jitter, u, coarse_noise, fine_noise)
+
+
 def render_rays(
     model: NerfModel,
     rays: Rays,
     settings: RenderSettings,
     generator: sampling.Draws | None = None,
     noise_std: float = 0.0,
+    drawn: RandomNumbers | None = None,
 ) -> tuple[Pass, Pass]:
     """Render rays with both networks.
 
@@ -137,49 +179,72 @@ def render_rays(
         generator: source of jitter and density noise in training; None renders the same picture
             every time.
         noise_std: standard deviation of the density noise; needs a generator.
+        drawn: random numbers that were drawn already, instead of a generator.
 
     Returns:
         The coarse pass and the fine pass; the fine one is the picture.
     """
-    device = rays.origins.device
-
-    def noise(t: Tensor) -> Tensor | None:
-        if generator is None or noise_std == 0.0:
-            return None
-        return sampling.normal(generator, len(t), t.shape[1], device) * noise_std
-
-    t_coarse = sampling.stratified(
-        len(rays),
-        model.samples.coarse,
-        settings.near,
-        settings.far,
-        generator,
-        device,
-        rays.origins.dtype,
-    )
-    coarse = evaluate_pass(model.coarse, rays, t_coarse, settings, noise(t_coarse))
-    t_fine = fine_samples(model, coarse, generator)
-    fine = evaluate_pass(model.fine, rays, t_fine, settings, noise(t_fine))
-    return coarse, fine
+    device, dtype = rays.origins.device, rays.origins.dtype
+    if drawn is None and generator is not None:
+        drawn = RandomNumbers.draw(len(rays), model.samples, generator, noise_std, device, dtype)
+    bounds = (model.samples.coarse, settings.near, settings.far)
+    if drawn is None:
+        t_coarse = sampling.stratified(len(rays), *bounds, None, device, dtype)
+        coarse = evaluate_pass(model.coarse, rays, t_coarse, settings)
+        return coarse, evaluate_pass(model.fine, rays, fine_samples(model, coarse), settings)
+    lower, upper = sampling.strata(*bounds, device, dtype)
+    t_coarse = lower + (upper - lower) * drawn.jitter
+    coarse = evaluate_pass(model.coarse, rays, t_coarse, settings, drawn.coarse_noise)
+    t_fine = merged(coarse.t, sampling.inverse_cdf(coarse.t, coarse.render_weights, drawn.u))
+    return coarse, evaluate_pass(model.fine, rays, t_fine, settings, drawn.fine_noise)
 
 
 def fine_samples(
     model: NerfModel, coarse: Pass, generator: sampling.Draws | None = None
 ) -> Float[Tensor, "rays samples"]:
     """Where the fine network is evaluated: the coarse samples and the importance samples."""
-    drawn = sampling.importance(coarse.t, coarse.render_weights, model.samples.fine, generator)
-    return torch.cat((coarse.t, drawn), dim=-1).sort(dim=-1).values
+    return merged(
+        coarse.t,
+        sampling.importance(coarse.t, coarse.render_weights, model.samples.fine, generator),
+    )
+
+
+def merged(
+    one: Float[Tensor, "rays some"], other: Float[Tensor, "rays more"]
+) -> Float[Tensor, "rays all"]:
+    """Samples of both in ascending order."""
+    return torch.cat((one, other), dim=-1).sort(dim=-1).values
 
 
 # Rays rendered at once. On a CPU the activations of a chunk should stay in the cache; on a GPU a
-# chunk should fill the device.
+# chunk should fill the device, and the memory that is free.
 CPU_CHUNK = 256
 CUDA_CHUNK = 16_384
+# Activations that are there at the same time while a layer is computed, fp32, and a little more.
+LIVE_ACTIVATIONS = 4
+SHARE_OF_FREE_MEMORY = 0.3
 
 
 def default_chunk(device: torch.device) -> int:
-    """Rays to render at once on a device."""
+    """Rays to render at once on a device whose memory is not short."""
     return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
+
+
+def fitting_chunk(model: NerfModel) -> int:
+    """Rays to render at once with plain PyTorch: what the device likes, if its memory holds it."""
+    device, samples = model.device, model.samples
+    widest = max(max(f.shape.trunk) + f.shape.point_features for f in model.networks().values())
+    bytes_per_ray = 4 * LIVE_ACTIVATIONS * widest * (samples.coarse + samples.fine)
+    return min(default_chunk(device), memory_chunk(device, bytes_per_ray))
+
+
+def memory_chunk(device: torch.device, bytes_per_ray: int) -> int:
+    """Rays that fit a share of the memory that is free now; any number on a CPU."""
+    if device.type != "cuda":
+        return 2**31
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return max(64, int(SHARE_OF_FREE_MEMORY * free) // bytes_per_ray)
 
 
 @torch.inference_mode()
@@ -189,6 +254,7 @@ def render_colors(
     settings: RenderSettings,
     chunk: int | None = None,
     progress: Callable[[int], None] | None = None,
+    paint: Callable[[Rays], Float[Tensor, "rays 3"]] | None = None,
 ) -> Float[Tensor, "rays 3"]:
     """Colours of rays by the fine pass: no jitter, no noise, clamped to [0, 1].
 
@@ -198,17 +264,21 @@ def render_colors(
         settings: bounds and background.
         chunk: rays at once; chosen for the device when None. The result does not depend on it.
         progress: called with the number of rays done.
+        paint: what renders a chunk, instead of `render_rays`.
 
     Returns:
         Colours on the model's device.
     """
     device = model.device
-    chunk = chunk or default_chunk(device)
+    chunk = chunk or fitting_chunk(model)
     parts = []
     for start in range(0, len(rays), chunk):
         part = rays[start : start + chunk].to(device)
-        _, fine = render_rays(model, part, settings)
-        parts.append(fine.rgb.clamp(0.0, 1.0))
+        if paint is not None:
+            parts.append(paint(part))
+        else:
+            _, fine = render_rays(model, part, settings)
+            parts.append(fine.rgb.clamp(0.0, 1.0))
         if progress is not None:
             progress(min(start + chunk, len(rays)))
     return torch.cat(parts)

@@ -77,14 +77,24 @@ def stratified(
 
     Source: Mildenhall et al. 2020, eq. 2; strata bounded by the mid-points, as in its code.
     """
-    t = torch.linspace(near, far, n_samples, device=device, dtype=dtype)
     if generator is None:
+        t = torch.linspace(near, far, n_samples, device=device, dtype=dtype)
         return t.expand(n_rays, n_samples)
+    lower, upper = strata(n_samples, near, far, device, dtype)
+    return lower + (upper - lower) * uniform(generator, n_rays, n_samples, device, dtype)
+
+
+def strata(
+    n_samples: int,
+    near: float,
+    far: float,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Float[Tensor, " samples"], Float[Tensor, " samples"]]:
+    """Ends of the intervals that jittered samples lie in: lower, upper."""
+    t = torch.linspace(near, far, n_samples, device=device, dtype=dtype)
     mid = 0.5 * (t[1:] + t[:-1])
-    upper = torch.cat((mid, t[-1:]))
-    lower = torch.cat((t[:1], mid))
-    u = uniform(generator, n_rays, n_samples, device, dtype)
-    return lower + (upper - lower) * u
+    return torch.cat((t[:1], mid)), torch.cat((mid, t[-1:]))
 
 
 def importance(
@@ -106,15 +116,24 @@ def importance(
 
     Source: Mildenhall et al. 2020, section 5.2.
     """
-    bins = 0.5 * (t[:, 1:] + t[:, :-1])
-    density = render_weights[:, 1:-1].detach() + 1e-5
-    density = density / density.sum(dim=-1, keepdim=True)
-    cdf = torch.cat((torch.zeros_like(render_weights[:, :1]), density.cumsum(dim=-1)), dim=-1)
     if generator is None:
         u = torch.linspace(0.0, 1.0, n_samples, device=t.device, dtype=t.dtype)
         u = u.expand(len(t), n_samples)
     else:
         u = uniform(generator, len(t), n_samples, t.device, t.dtype)
+    return inverse_cdf(t, render_weights, u)
+
+
+def inverse_cdf(
+    t: Float[Tensor, "rays coarse"],
+    render_weights: Float[Tensor, "rays coarse"],
+    u: Float[Tensor, "rays fine"],
+) -> Float[Tensor, "rays fine"]:
+    """Samples at given places u of the CDF, see `importance`."""
+    bins = 0.5 * (t[:, 1:] + t[:, :-1])
+    density = render_weights[:, 1:-1].detach() + 1e-5
+    density = density / density.sum(dim=-1, keepdim=True)
+    cdf = torch.cat((torch.zeros_like(render_weights[:, :1]), density.cumsum(dim=-1)), dim=-1)
     above = torch.searchsorted(cdf, u.contiguous(), right=True)
     below = (above - 1).clamp(min=0)
     above = above.clamp(max=cdf.shape[-1] - 1)

@@ -4,74 +4,28 @@ The same scene, shape, recipe and seed give the same run, interrupted or not: wh
 sees follows from the seed and its number, and the state that is saved holds the random generator.
 """
 
-import logging
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from nerf.cameras import Rays, view_rays
-from nerf.devices import PRECISIONS, Precision, arithmetic
+from nerf.backends import Backend, choose, fall_back
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.files import read_tensors, write_tensors
-from nerf.graphs import StepGraph
 from nerf.metrics import psnr
-from nerf.rendering import RenderSettings, render_rays
-from nerf.sampling import Draws, ShareOfDraws
+from nerf.pool import RayPool, mix
+from nerf.recipe import Recipe
+from nerf.rendering import RenderSettings
 from nerf.scenes.scene import Scene
 from nerf.shares import Share
-from nerf.validation import training_pixels
+from nerf.steps import EagerSteps, Job, Steps
 
-log = logging.getLogger(__name__)
-
-Backend = Literal["auto", "eager"]
-# Steps that run eagerly before one is captured: libraries load and memory pools fill meanwhile.
-STEPS_BEFORE_CAPTURE = 5
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a NeRF is trained.
-
-    Attributes:
-        iterations: optimiser steps.
-        rays: rays an iteration, drawn from all training views, each at most once an epoch.
-        learning_rate: of Adam, at the start.
-        decay: factor by which the learning rate falls every `decay_iterations`, exponentially.
-        decay_iterations: see `decay`.
-        density_noise: standard deviation of the noise added to the raw density.
-        precision: arithmetic of the linear layers.
-        validation: fraction of the pixels of each training view that is never drawn, see
-            `nerf.validation`.
-
-    Source: Mildenhall et al. 2020, section 5.3, with the numbers of its fern configuration.
-    """
-
-    iterations: int = 200_000
-    rays: int = 1024
-    learning_rate: float = 5e-4
-    decay: float = 0.1
-    decay_iterations: int = 250_000
-    density_noise: float = 1.0
-    precision: Precision = "float32"
-    validation: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "rays", "learning_rate", "decay", "decay_iterations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        if not self.density_noise >= 0:
-            raise ValueError(f"density_noise must not be negative, got {self.density_noise!r}")
-        if not 0.0 <= self.validation < 1.0:
-            raise ValueError(f"validation must be a fraction in [0, 1), got {self.validation!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+__all__ = ["Backend", "Progress", "RayPool", "Recipe", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -93,57 +47,18 @@ class Progress:
     rate: float
 
 
-class RayPool:
-    """All training rays of a scene with their colours, on one device.
-
-    An epoch is a seeded permutation of them, cut into whole batches; the few rays that are left
-    over sit that epoch out. Iteration i takes the i-th batch.
-
-    Args:
-        scene: the scene.
-        device: where the rays are kept.
-        validation: fraction of the pixels of each view that is left out.
-    """
-
-    def __init__(self, scene: Scene, device: torch.device, validation: float = 0.0) -> None:
-        views = []
-        for view in scene.train:
-            pose = torch.as_tensor(scene.poses[view], dtype=torch.float32)
-            views.append(view_rays(scene.camera, pose.to(device)))
-        self.rays = Rays.concatenate(views)
-        photos = torch.as_tensor(scene.images[list(scene.train)], dtype=torch.float32)
-        self.colors = photos.reshape(-1, 3).to(device)
-        if validation > 0.0:
-            free = torch.cat([training_pixels(scene, validation, view) for view in scene.train])
-            left = free.nonzero().flatten().to(device)
-            self.rays, self.colors = self.rays[left], self.colors[left]
-        self._order: tuple[tuple[int, int], Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rays)
-
-    def batch(self, seed: int, iteration: int, size: int) -> tuple[Rays, Float[Tensor, "rays 3"]]:
-        """The rays and colours of one iteration."""
-        picked = self.pick(seed, iteration, size)
-        return self.rays[picked], self.colors[picked]
-
-    def pick(self, seed: int, iteration: int, size: int) -> Int[Tensor, " rays"]:
-        """The numbers of the rays of one iteration."""
-        size = min(size, len(self))
-        epoch, place = divmod(iteration, len(self) // size)
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = torch.Generator().manual_seed(_mix(seed, epoch))
-            order = torch.randperm(len(self), generator=generator)
-            self._order = ((seed, epoch), order.to(self.colors.device))
-        return self._order[1][place * size : (place + 1) * size]
-
-
-def _mix(seed: int, number: int) -> int:
-    return (seed * 1_000_003 + number * 7_919 + 1) % 2**63
-
-
 class Trainer:
     """A training that can be advanced, saved and continued.
+
+    Args:
+        scene: what to learn.
+        shape: widths of both networks.
+        samples: samples a ray.
+        recipe: how.
+        seed: of the weights, the order of the rays, and all random numbers.
+        device: where; the CPU when None.
+        backend: how the networks are run; `backend` then says what was chosen.
+        share: this process's part of a training that several share.
 
     Example:
         >>> trainer = Trainer(scene, FieldShape(), SampleCounts(), Recipe(iterations=1000), seed=0)
@@ -162,33 +77,28 @@ class Trainer:
         share: Share | None = None,
     ) -> None:
         self.recipe = recipe
-        self._share = share
         self.seed = seed
         self.device = device or torch.device("cpu")
         self.settings = RenderSettings(scene.near, scene.far, scene.white_background)
-        self._on_gpu = self.device.type == "cuda"
         self.model = NerfModel.create(shape, samples, seed).to(self.device)
         self.pool = RayPool(scene, self.device, recipe.validation)
         self.iteration = 0
-        self._parameters = [
-            (f"{network}.{name}", parameter)
-            for network, field in self.model.networks().items()
-            for name, parameter in field.named_parameters()
-        ]
-        self._optimizer = torch.optim.Adam(
-            [parameter for _, parameter in self._parameters],
-            # In a tensor of the device, a captured step reads it anew each time.
-            lr=torch.tensor(recipe.learning_rate, device=self.device)
-            if self._on_gpu
-            else recipe.learning_rate,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            fused=True,
-            capturable=self._on_gpu,
+        self._job = Job(
+            self.model,
+            self.pool,
+            self.settings,
+            recipe,
+            seed,
+            self.device,
+            torch.Generator(self.device).manual_seed(mix(seed, 2**31)),
+            share,
         )
-        self._may_capture = self._on_gpu and backend == "auto"
-        self._reset_capture()
-        self._generator = torch.Generator(self.device).manual_seed(_mix(seed, 2**31))
+        self._steps = steps_for(self._job, backend)
+
+    @property
+    def backend(self) -> str:
+        """How the networks are run: eager, compiled or fused."""
+        return self._steps.name
 
     @property
     def done(self) -> bool:
@@ -197,69 +107,16 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """The learning rate of the next iteration."""
-        recipe = self.recipe
-        return recipe.learning_rate * recipe.decay ** (self.iteration / recipe.decay_iterations)
+        return self.recipe.rate(self.iteration)
 
     def step(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """One iteration; gives the coarse and the fine MSE without waiting for the device."""
-        picked = self.pool.pick(self.seed, self.iteration, self.recipe.rays)
-        if self._share is not None:
-            picked = self._share.part(picked)
-        for group in self._optimizer.param_groups:
-            if self._on_gpu:
-                group["lr"].fill_(self.learning_rate())
-            else:
-                group["lr"] = self.learning_rate()
-        if self._eager_steps_left == 0:
-            self._capture(picked)
-        self._eager_steps_left -= 1
-        losses = self._update(picked) if self._graph is None else self._graph(picked)
-        self.iteration += 1
-        return losses
+        return self._run(1)
 
-    def _reset_capture(self) -> None:
-        self._graph: StepGraph | None = None
-        self._eager_steps_left = STEPS_BEFORE_CAPTURE if self._may_capture else -1
-
-    def _capture(self, picked: Int[Tensor, " rays"]) -> None:
-        torch.cuda.synchronize(self.device)
-        random_state = self._generator.get_state()
-        try:
-            self._graph = StepGraph(
-                self._update, picked, self._generator, alone=self._share is None
-            )
-        except RuntimeError as error:
-            # A failed capture leaves its generator unusable.
-            self._generator = torch.Generator(self.device)
-            self._generator.set_state(random_state)
-            log.warning("training without a CUDA graph, which is slower: %s", error)
-
-    def _update(self, picked: Int[Tensor, " rays"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        rays, colors = self.pool.rays[picked], self.pool.colors[picked]
-        draws: Draws = self._generator
-        total = min(self.recipe.rays, len(self.pool))
-        if self._share is not None:
-            draws = ShareOfDraws(self._generator, total, self._share.bounds(total)[0])
-        coarse, fine = render_rays(
-            self.model, rays, self.settings, draws, self.recipe.density_noise
-        )
-        coarse_mse = (coarse.rgb - colors).square().mean()
-        fine_mse = (fine.rgb - colors).square().mean()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._share is None:
-            (coarse_mse + fine_mse).backward()
-            self._optimizer.step()
-            return coarse_mse.detach(), fine_mse.detach()
-        # The mean over the whole batch is the sum of the parts' means, each by its rays.
-        part = len(rays) / total
-        coarse_mse, fine_mse = coarse_mse * part, fine_mse * part
-        (coarse_mse + fine_mse).backward()
-        coarse_mse, fine_mse = self._share.sum_up(
-            [parameter for _, parameter in self._parameters],
-            (coarse_mse.detach(), fine_mse.detach()),
-        )
-        self._optimizer.step()
-        return coarse_mse, fine_mse
+    def _run(self, count: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        sums = self._steps.run(self.iteration, count)
+        self.iteration += count
+        return sums
 
     def advance(self, iterations: int) -> Progress:
         """Run some iterations (fewer when the recipe ends before).
@@ -267,17 +124,11 @@ class Trainer:
         Raises:
             TrainingError: the loss became NaN or infinite.
         """
-        if self._on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         count = min(iterations, self.recipe.iterations - self.iteration)
-        coarse_sum = torch.zeros((), device=self.device)
-        fine_sum = torch.zeros((), device=self.device)
-        with arithmetic(self.recipe.precision, self.device):
-            for _ in range(count):
-                coarse_mse, fine_mse = self.step()
-                coarse_sum += coarse_mse
-                fine_sum += fine_mse
+        coarse_sum, fine_sum = self._run(count)
         fine = float(fine_sum) / max(count, 1)
         loss = float(coarse_sum) / max(count, 1) + fine
         seconds = time.perf_counter() - started
@@ -296,13 +147,12 @@ class Trainer:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        tensors: dict[str, Tensor] = {"generator": self._generator.get_state()}
-        for name, parameter in self._parameters:
+        tensors: dict[str, Tensor] = {"generator": self._job.generator.get_state()}
+        moments = self._steps.moments() if self.iteration > 0 else {}
+        for name, parameter in self._job.parameters().items():
             tensors[f"weights.{name}"] = parameter.detach()
-            moments = self._optimizer.state.get(parameter)
-            if moments:
-                tensors[f"first.{name}"] = moments["exp_avg"]
-                tensors[f"second.{name}"] = moments["exp_avg_sq"]
+            if name in moments:
+                tensors[f"first.{name}"], tensors[f"second.{name}"] = moments[name]
         write_tensors(path, tensors, {"iteration": self.iteration, "seed": self.seed})
 
     def load(self, path: Path) -> None:
@@ -318,7 +168,8 @@ class Trainer:
         # Everything is checked before anything is changed, so that a training whose state cannot
         # be used can still begin from the start.
         kinds = ("weights", "first", "second") if iteration > 0 else ("weights",)
-        wanted = {f"{kind}.{name}": p.shape for kind in kinds for name, p in self._parameters}
+        parameters = self._job.parameters()
+        wanted = {f"{kind}.{name}": p.shape for kind in kinds for name, p in parameters.items()}
         found = {name: t.shape for name, t in tensors.items() if name != "generator"}
         wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         if wrong:
@@ -332,18 +183,38 @@ class Trainer:
                 f"{path} holds the random state of another kind of device; it can only be "
                 f"continued where it was begun, not on {self.device} ({error})"
             ) from error
-        self._generator.set_state(tensors["generator"])
-        state = {}
-        for index, (name, parameter) in enumerate(self._parameters):
+        self._job.generator.set_state(tensors["generator"])
+        for name, parameter in parameters.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"weights.{name}"])
-            if iteration > 0:
-                state[index] = {
-                    "step": torch.tensor(float(iteration)),
-                    "exp_avg": tensors[f"first.{name}"],
-                    "exp_avg_sq": tensors[f"second.{name}"],
-                }
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._reset_capture()
+        moments = {
+            name: (tensors[f"first.{name}"], tensors[f"second.{name}"])
+            for name in parameters
+            if iteration > 0
+        }
+        self._steps.restore(iteration, moments)
         self.iteration = iteration
+
+
+def steps_for(job: Job, backend: Backend) -> Steps:
+    """The steps of a training on the backend that can run it, see `nerf.backends`."""
+    model, recipe = job.model, job.recipe
+    shapes = [field.shape for field in model.networks().values()]
+    if job.share is not None and backend in ("auto", "fused"):
+        if backend == "fused":
+            fall_back("fused", "the kernels train on one GPU")
+        return EagerSteps(job)
+    chosen = choose(backend, job.device, recipe.precision, shapes, model.samples)
+    if chosen == "eager":
+        return EagerSteps(job)
+    random_state = job.generator.get_state()
+    try:
+        if chosen == "fused":
+            from nerf.fused import FusedSteps  # noqa: PLC0415  (needs Triton)
+
+            return FusedSteps(job)
+        return EagerSteps(job, compiled=True).tried()
+    except Exception as error:  # whatever a compiler or a driver throws
+        fall_back(chosen, error)
+        job.generator.set_state(random_state)
+        return EagerSteps(job)

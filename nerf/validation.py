@@ -19,11 +19,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from nerf.backends import Backend
 from nerf.cameras import Rays, view_rays
-from nerf.devices import Precision, arithmetic
+from nerf.devices import Precision
 from nerf.field import NerfModel
 from nerf.metrics import mse, psnr
-from nerf.rendering import RenderSettings, render_colors
+from nerf.renderer import Renderer
+from nerf.rendering import RenderSettings
 from nerf.scenes.scene import Scene
 
 # Scenes of many large photos: more rays than this say nothing more about a model.
@@ -119,6 +121,7 @@ class ValidationRays:
         precision: Precision = "float32",
         start: int = 0,
         stop: int | None = None,
+        backend: Backend = "auto",
     ) -> ValidationScore:
         """Render the rays ``start`` to ``stop`` (all by default), without jitter or noise.
 
@@ -127,6 +130,7 @@ class ValidationRays:
             precision: arithmetic of the linear layers.
             start: first ray.
             stop: the ray after the last one.
+            backend: how the networks are run, see `nerf.backends`.
 
         Raises:
             ValueError: there are no such rays.
@@ -136,7 +140,7 @@ class ValidationRays:
             raise ValueError(f"no rays from {start} to {stop}: there are {len(self)}")
         photo = self.colors[part]
         begun = time.perf_counter()
-        with arithmetic(precision, photo.device):
-            colors = render_colors(model, self.rays[part], self.settings)
+        renderer = Renderer(model, self.settings, precision, backend)
+        colors = renderer.colors(self.rays[part])
         error = mse(colors, photo)  # waits for the device
         return ValidationScore(error, psnr(error), len(photo), time.perf_counter() - begun)

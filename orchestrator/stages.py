@@ -121,6 +121,10 @@ class Workbench:
             self._held_out = HeldOut(self.scene(), self.device, self.sweep.protocol.max_rays)
         return self._held_out
 
+    def _evaluate(self, model: NerfModel) -> Evaluation:
+        protocol, backend = self.sweep.protocol, self.sweep.resources.backend
+        return self.held_out().evaluate(model, protocol.precision, backend=backend)
+
     def validation(self, training: str) -> ValidationRays | None:
         """The validation rays of a training, on the device; None if it has none."""
         fraction = self._validation_fraction(training)
@@ -145,7 +149,9 @@ class Workbench:
         rays = self.validation(training)
         if rays is None or len(rays) == 0:
             return {}
-        score = rays.score(model, self.sweep.protocol.precision)
+        score = rays.score(
+            model, self.sweep.protocol.precision, backend=self.sweep.resources.backend
+        )
         return {"validation_mse": score.mse, "validation_psnr": score.psnr}
 
     def model(self, training: str) -> NerfModel:
@@ -199,7 +205,7 @@ class Workbench:
                     yield from self._train_model(training, scene, watch)
         with watch.during("evaluate"):
             model = self.model(training.key)
-            evaluation = self.held_out().evaluate(model, self.sweep.protocol.precision)
+            evaluation = self._evaluate(model)
             validated = self._validated(training.key, model)
         checkpoint = self.store.read_record("checkpoint", training.key)
         record = Record(
@@ -233,11 +239,12 @@ class Workbench:
         """A trainer on this worker's GPU, or on all of them."""
         what = (scene, self.sweep.shape, self.sweep.samples, training.recipe, training.seed)
         gpus = int(self.sweep.resources.train.gpus or 1)
+        backend = self.sweep.resources.backend
         if gpus > 1:
-            with ParallelTrainer(*what, train_devices(gpus)) as trainer:
+            with ParallelTrainer(*what, train_devices(gpus), backend) as trainer:
                 yield trainer
         else:
-            yield Trainer(*what, self.device)
+            yield Trainer(*what, self.device, backend)
 
     def _advance(
         self, trainer: AnyTrainer, training: Training, watch: Stopwatch
@@ -371,7 +378,7 @@ class Workbench:
         config = trial.config
         with watch.during("load"):
             dense = self.model(trial.training)
-            held_out = self.held_out()
+            self.held_out()
         with watch.during("calibrate"):
             material = self.material(trial)
         info = {
@@ -388,7 +395,7 @@ class Workbench:
                 done = self._recover(folder / MODEL, trial, material, info, watch)
                 small, recovered = done.result, done.metrics
             with watch.during("evaluate"):
-                evaluation = held_out.evaluate(small.model, self.sweep.protocol.precision)
+                evaluation = self._evaluate(small.model)
                 validated = self._validated(trial.training, small.model)
             with watch.during("write"):
                 self._write_renders(folder, evaluation, truth=False)

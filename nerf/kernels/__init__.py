@@ -7,11 +7,13 @@
 - `encode`: the positional encoding inside a kernel;
 - `chain`: forward and backward chains, plain Triton;
 - `gradients`: weight gradients, their reduction, and packing, plain Triton;
+- `volume`: what happens between the networks: a step's rays, sampling, compositing; `adam`: Adam;
 - `hopper_chain`, `hopper_gradients`: the same for compute capability 9.0, in Gluon;
 - `mlp`: `PackedField` (evaluation) and `FusedField` (training).
 """
 
 import importlib.util
+import os
 
 import torch
 
@@ -20,6 +22,8 @@ def available(device: str | torch.device = "cuda") -> str | None:
     """Why the fused kernels cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # of use to tests alone: it is slow
     if torch.device(device).type != "cuda":
         return f"the fused kernels need a CUDA device, not {device}"
     if not torch.cuda.is_available():

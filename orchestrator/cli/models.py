@@ -21,7 +21,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     model, scene, _ = _open(options)
     held_out = HeldOut(scene, model.device, options.max_rays)
-    result = held_out.evaluate(model, options.precision)
+    result = held_out.evaluate(model, options.precision, backend=options.backend)
     views = [
         {"view": v.view, "mse": v.mse, "psnr": v.psnr, "ssim": v.ssim, "seconds": v.seconds}
         for v in result.views
@@ -186,9 +186,9 @@ def render(options: argparse.Namespace) -> int:
     """Render a view or the spiral path."""
     import torch
 
-    from nerf.devices import arithmetic
     from nerf.evaluation import write_picture, write_video
-    from nerf.rendering import RenderSettings, render_view
+    from nerf.renderer import Renderer
+    from nerf.rendering import RenderSettings
 
     model, scene, _ = _open(options)
     settings = RenderSettings(scene.near, scene.far, scene.white_background)
@@ -204,10 +204,10 @@ def render(options: argparse.Namespace) -> int:
             f"--view {options.view}: the scene has views 0 to {len(scene.poses) - 1}"
         )
     _check_output(options.output)
+    renderer = Renderer(model, settings, options.precision, options.backend)
     pictures = []
     for number, pose in enumerate(poses, 1):
-        with arithmetic(options.precision, model.device):
-            picture = render_view(model, scene.camera, torch.as_tensor(pose), settings)
+        picture = renderer.view(scene.camera, torch.as_tensor(pose))
         pictures.append(picture.cpu())
         if options.spiral:
             _show_progress(f"frame {number}/{len(poses)}", last=number == len(poses))

@@ -252,6 +252,12 @@ def _add_model(parser: Any) -> None:
     parser.add_argument(
         "--precision", default="float32", choices=("float32", "tf32", "bfloat16"), help="arithmetic"
     )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "eager", "compiled", "fused"),
+        help="how networks are run; fused: bfloat16 kernels on a GPU (auto)",
+    )
 
 
 def _whole(text: str, least: int) -> int:

@@ -345,6 +345,7 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
         resources=Resources(
             train=_stage(resources.train, Resources().train),
             prune=_stage(resources.prune, Resources().prune),
+            backend=resources.backend,
             retries=resources.retries,
             checkpoint_seconds=resources.checkpoint_seconds,
         ),

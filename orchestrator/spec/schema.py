@@ -574,6 +574,10 @@ class ResourcesSection(_Section):
     checkpoint_seconds: Annotated[
         PositiveFloat, Field(description="how often a training saves its state")
     ] = 30.0
+    backend: Annotated[
+        Literal["auto", "eager", "compiled", "fused"],
+        Field(description="how networks are run: how fast, not what comes out"),
+    ] = "auto"
 
 
 class LimitsSection(_Section):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nerf.backends import Backend
 from nerf.devices import Precision
 from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
@@ -110,12 +111,14 @@ class Resources:
     Attributes:
         train: for each training.
         prune: for each calibration and pruning.
+        backend: how networks are run: auto, eager, compiled or fused.
         retries: how often a trial is started again after its worker died.
         checkpoint_seconds: how often a training saves its state.
     """
 
     train: StageResources = StageResources(cpus=2.0, gpus=None)
     prune: StageResources = StageResources(cpus=1.0, gpus=None)
+    backend: Backend = "auto"
     retries: int = 2
     checkpoint_seconds: float = 30.0
 

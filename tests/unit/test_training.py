@@ -122,7 +122,7 @@ def ours(theirs):
 
 def check_one_step(trainer, rays, colors, *, encoding, probes, loss_tolerance, gradient_tolerance):
     """Run one step and compare loss, gradients and Adam's update with the slow ones."""
-    slow = SlowStep(trainer, trainer._generator.get_state(), rays, colors, encoding)
+    slow = SlowStep(trainer, trainer._job.generator.get_state(), rays, colors, encoding)
     before = weights_of(trainer)
     progress = trainer.advance(1)
     coarse, fine = slow.mse("coarse"), slow.mse("fine")

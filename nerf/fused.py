@@ -1,0 +1,400 @@
+"""Training and rendering on the fused kernels (Triton; importing this module needs it).
+
+A training step is a few dozen launches that never leave the device, captured as one CUDA graph:
+rays of the iteration, coarse samples, coarse network, compositing with its gradients and the fine
+samples, fine network, compositing, both networks backward, Adam, and the counting of the step. The
+weights of the model are views of the kernels' flat vectors, so the model is always up to date.
+"""
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+
+import torch
+import triton
+from jaxtyping import Float
+from torch import Tensor
+
+from nerf.backends import Resolved, power_of_two
+from nerf.cameras import Rays
+from nerf.devices import arithmetic
+from nerf.encoding import encode
+from nerf.errors import NerfError
+from nerf.field import Field, FieldShape, NerfModel
+from nerf.graphs import StepGraph
+from nerf.kernels import adam, volume
+from nerf.kernels.mlp import FusedField, PackedField
+from nerf.rendering import RenderSettings
+from nerf.sampling import strata
+from nerf.steps import BETAS, EPSILON, Job, Losses, Moments, log
+
+# Steps before one is captured: kernels compile and memory pools fill meanwhile.
+STEPS_BEFORE_CAPTURE = 2
+RAYS_A_PROGRAM = 16  # of `begin_step`
+ERRORS_A_STEP = 1024  # of `end_step`
+PARAMETERS_A_PROGRAM = 1024  # of `adam`
+# What the kernels may differ from float32 on a fresh network, relative to its size: bf16 gives
+# 4e-3 of its outputs and 1e-2 of its gradients; a kernel that is wrong gives about 1.
+OUTPUT_TOLERANCE = 0.05
+GRADIENT_TOLERANCE = 0.2
+
+
+class FusedSteps:
+    """Training steps on the fused kernels, see `nerf.steps.Steps`.
+
+    Args:
+        job: what to train; the weights of its model become views of this object's.
+
+    Raises:
+        NerfError: the kernels do not compute what they should here.
+        Exception: whatever the compiler or the driver throws.
+    """
+
+    name: Resolved = "fused"
+
+    def __init__(self, job: Job) -> None:
+        model, recipe, pool, device = job.model, job.recipe, job.pool, job.device
+        self.job = job
+        check_kernels(device)
+        self._rays = rays = min(recipe.rays, len(pool))
+        self._batches = len(pool) // rays
+        self._n_coarse, self._n_fine = model.samples.coarse, model.samples.fine
+        n_all = self._n_coarse + self._n_fine
+        self._coarse = FusedField(model.coarse.shape, rays, self._n_coarse, device)
+        self._fine = FusedField(model.fine.shape, rays, n_all, device)
+        self._fields = {"coarse": self._coarse, "fine": self._fine}
+
+        def empty(*size: int) -> Tensor:
+            return torch.zeros(*size, device=device)
+
+        self._first = {name: empty(f.plan.count) for name, f in self._fields.items()}
+        self._second = {name: empty(f.plan.count) for name, f in self._fields.items()}
+        self._order = torch.zeros(len(pool), dtype=torch.int32, device=device)
+        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._constants = torch.tensor(
+            [
+                recipe.learning_rate,
+                math.log(recipe.decay) / recipe.decay_iterations,
+                *(math.log(beta) for beta in BETAS),
+            ],
+            dtype=torch.float64,
+            device=device,
+        )
+        self._schedule, self._sums = empty(2), empty(2)
+        settings = job.settings
+        lower, upper = strata(self._n_coarse, settings.near, settings.far, device)
+        self._strata = torch.stack((lower, upper - lower))
+        self._jitter, self._u = empty(rays, self._n_coarse), empty(rays, self._n_fine)
+        self._coarse_noise, self._fine_noise = empty(rays, self._n_coarse), empty(rays, n_all)
+        self._origins, self._directions, self._colors = (empty(rays, 3) for _ in range(3))
+        self._lengths = empty(rays)
+        # Both networks encode directions alike unless their shapes say otherwise.
+        self._octaves = model.coarse.shape.direction_octaves
+        if model.fine.shape.direction_octaves != self._octaves:
+            raise NerfError("the networks encode directions differently")
+        self._encoded = empty(rays, model.coarse.shape.direction_features)
+        self._t_coarse, self._t_fine = empty(rays, self._n_coarse), empty(rays, n_all)
+        self._coarse_errors, self._fine_errors = empty(rays), empty(rays)
+        self._g = {name: (empty(*f.density.shape), empty(*f.rgb.shape))
+                   for name, f in self._fields.items()}  # fmt: skip
+        self._at = 0  # what the device's counter says
+        self._epoch = -1
+        self._next_order: tuple[int, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._graph: StepGraph[None] | None = None
+        self._eager_steps_left = STEPS_BEFORE_CAPTURE
+        self._adopt()
+        self._try()
+
+    def _adopt(self) -> None:
+        """Make the model's weights views of the flat vectors."""
+        for name, field in self.job.model.networks().items():
+            fused = self._fields[name]
+            fused.load(field)
+            for parameter_name, parameter in field.named_parameters():
+                parameter.data = fused.plan.view(fused.extended, parameter_name)
+
+    def _try(self) -> None:
+        """Run everything but the update once: what has to compile, compiles now."""
+        job = self.job
+        random_state = job.generator.get_state()
+        with arithmetic("float32", job.device):
+            self._order.copy_(torch.arange(len(self._order)))
+            self._losses_and_gradients()
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        errors = torch.stack((self._coarse_errors, self._fine_errors))
+        if not bool(torch.isfinite(errors).all()):
+            raise NerfError("the fused kernels gave errors that are not finite")
+        job.generator.set_state(random_state)
+
+    # --- a step ----------------------------------------------------------------------------
+
+    def run(self, first: int, count: int) -> Losses:
+        """Run steps, see `nerf.steps.Steps.run`."""
+        self._sums.zero_()
+        with arithmetic("float32", self.job.device):
+            for iteration in range(first, first + count):
+                self._prepare(iteration)
+                if self._eager_steps_left == 0 and self.job.device.type == "cuda":
+                    self._capture()
+                self._eager_steps_left -= 1
+                if self._graph is None:
+                    self._step()
+                else:
+                    self._graph()
+                self._at += 1
+        coarse, fine = self._sums.clone().unbind()
+        return coarse, fine
+
+    def _prepare(self, iteration: int) -> None:
+        """What the host has to say: another epoch's order of rays, or a jump."""
+        epoch = iteration // self._batches
+        if epoch != self._epoch:
+            self._order.copy_(self._order_of(epoch))
+            self._epoch = epoch
+        if iteration != self._at:
+            self._counter.fill_(iteration)
+            self._at = iteration
+
+    def _order_of(self, epoch: int) -> Tensor:
+        """The rays in an epoch's order; the next epoch's is made meanwhile, by another thread."""
+        pool, seed = self.job.pool, self.job.seed
+        if self._next_order is not None and self._next_order[0] == epoch:
+            order = self._next_order[1].result()
+        else:
+            order = pool.order(seed, epoch)
+        self._next_order = epoch + 1, self._thread.submit(pool.order, seed, epoch + 1)
+        return order
+
+    def _capture(self) -> None:
+        job = self.job
+        torch.cuda.synchronize(job.device)
+        random_state = job.generator.get_state()
+        try:
+            self._graph = StepGraph(self._step, job.generator)
+        except RuntimeError as error:
+            # A failed capture leaves its generator unusable.
+            job.generator = torch.Generator(job.device)
+            job.generator.set_state(random_state)
+            log.warning("training without a CUDA graph, which is slower: %s", error)
+
+    def _step(self) -> None:
+        self._losses_and_gradients()
+        for name, field in self._fields.items():
+            count = field.plan.count
+            adam.adam[(triton.cdiv(count, PARAMETERS_A_PROGRAM),)](
+                field.parameters, field.gradients, self._first[name], self._second[name],
+                self._schedule, count, BETA_1=BETAS[0], BETA_2=BETAS[1], EPSILON=EPSILON,
+                BLOCK=PARAMETERS_A_PROGRAM, num_warps=4,
+            )  # fmt: skip
+        volume.end_step[(1,)](
+            self._counter, self._coarse_errors, self._fine_errors, self._sums, self._rays,
+            PADDED=ERRORS_A_STEP, num_warps=4,
+        )  # fmt: skip
+
+    def _losses_and_gradients(self) -> None:
+        job = self.job
+        noise_std = job.recipe.density_noise
+        # In this order, as `nerf.rendering.RandomNumbers.draw` does.
+        self._jitter.uniform_(generator=job.generator)
+        if noise_std > 0:
+            self._coarse_noise.normal_(generator=job.generator)
+        self._u.uniform_(generator=job.generator)
+        if noise_std > 0:
+            self._fine_noise.normal_(generator=job.generator)
+        rays = job.pool.rays
+        volume.begin_step[(triton.cdiv(self._rays, RAYS_A_PROGRAM),)](
+            self._order, self._counter, rays.origins, rays.directions, rays.view_directions,
+            job.pool.colors, self._jitter, self._strata, self._origins, self._directions,
+            self._lengths, self._colors, self._encoded, self._t_coarse, self._constants,
+            self._schedule, self._batches, self._rays, self._n_coarse, self._octaves,
+            PADDED=power_of_two(self._n_coarse), BLOCK=RAYS_A_PROGRAM, num_warps=4,
+        )  # fmt: skip
+        for field in self._fields.values():
+            field.pack()
+        self._coarse.forward(self._origins, self._directions, self._t_coarse, self._encoded)
+        self._composite("coarse", self._t_coarse, self._coarse_noise, self._coarse_errors)
+        self._fine.forward(self._origins, self._directions, self._t_fine, self._encoded)
+        self._composite("fine", self._t_fine, self._fine_noise, self._fine_errors)
+        for name, field in self._fields.items():
+            field.backward(*self._g[name])
+
+    def _composite(self, network: str, t: Tensor, noise: Tensor, errors: Tensor) -> None:
+        """Errors and gradients of one pass; behind the coarse one, the samples of the fine one."""
+        field, coarse = self._fields[network], network == "coarse"
+        g_density, g_rgb = self._g[network]
+        samples = t.shape[1]
+        volume.composite[(self._rays,)](
+            field.density, field.rgb, t, self._lengths, noise, self._u, self._colors, errors,
+            g_density, g_rgb, self._t_fine, samples, self._n_fine, samples, self._n_fine,
+            self.job.recipe.density_noise, 1.0 / (3 * self._rays), TRAIN=True, COLOR=False,
+            WHITE=self.job.settings.white_background, IMPORTANCE=coarse,
+            PADDED=power_of_two(samples), DRAWN=power_of_two(self._n_fine) if coarse else 1,
+            num_warps=4 if coarse else 1,
+        )  # fmt: skip
+
+    # --- state -----------------------------------------------------------------------------
+
+    def moments(self) -> Moments:
+        """Adam's moments, see `nerf.steps.Steps.moments`."""
+        found = {}
+        for network, field in self._fields.items():
+            for name in field.plan.parameters:
+                found[f"{network}.{name}"] = (
+                    field.plan.view(self._first[network], name),
+                    field.plan.view(self._second[network], name),
+                )
+        return found
+
+    def restore(self, iteration: int, moments: Moments) -> None:
+        """Go on from elsewhere, see `nerf.steps.Steps.restore`."""
+        self._counter.fill_(iteration)
+        self._at = iteration
+        own = self.moments()
+        for name, (first, second) in own.items():
+            for mine, other in ((first, moments.get(name, (None, None))[0]),
+                                (second, moments.get(name, (None, None))[1])):  # fmt: skip
+                if other is None:
+                    mine.zero_()
+                else:
+                    mine.copy_(other)
+        self._graph = None
+        self._eager_steps_left = STEPS_BEFORE_CAPTURE
+
+
+class FusedRenderer:
+    """Renders rays with a model packed for the kernels: no jitter, no noise, one picture.
+
+    Args:
+        model: the networks, on the device; later changes of their weights are not seen.
+        settings: bounds and background.
+
+    Raises:
+        NerfError: the kernels do not compute what they should here.
+        Exception: whatever the compiler or the driver throws.
+    """
+
+    def __init__(self, model: NerfModel, settings: RenderSettings) -> None:
+        check_kernels(model.device)
+        self._settings, self._samples, self._device = settings, model.samples, model.device
+        self._coarse = PackedField(model.coarse)
+        self._fine = self._coarse if model.shared else PackedField(model.fine)
+        self._t = torch.linspace(
+            settings.near, settings.far, model.samples.coarse, device=model.device
+        )
+        self._u = torch.linspace(0.0, 1.0, model.samples.fine, device=model.device)
+        self._spread: Tensor | None = None
+
+    @property
+    def bytes_per_ray(self) -> int:
+        """Memory that a ray takes while it is rendered."""
+        n_coarse = self._samples.coarse
+        n_all = n_coarse + self._samples.fine
+        columns = self._fine.plan.view_columns + self._coarse.plan.view_columns
+        features = self._fine.shape.direction_features + self._coarse.shape.direction_features
+        # t, density and colour of both passes; rays, shares and encoded directions.
+        return 4 * (5 * n_coarse + 5 * n_all + 2 * columns + 3 * features + 16)
+
+    @torch.no_grad()
+    def __call__(self, rays: Rays) -> Float[Tensor, "rays 3"]:
+        """Colours by the fine pass, clamped to [0, 1].
+
+        Args:
+            rays: on the model's device.
+        """
+        count, samples = len(rays), self._samples
+        origins, directions = rays.origins.contiguous(), rays.directions.contiguous()
+        lengths = directions.norm(dim=-1)
+        t_fine = torch.empty(count, samples.coarse + samples.fine, device=self._device)
+        if self._spread is None or len(self._spread) < count:
+            self._spread = self._t.repeat(count, 1)
+        t_coarse = self._spread[:count]
+        with arithmetic("float32", self._device):
+            density, rgb = self._coarse(origins, directions, t_coarse, rays.view_directions)
+            self._composite(density, rgb, t_coarse, lengths, t_fine, None)
+            density, rgb = self._fine(origins, directions, t_fine, rays.view_directions)
+        colors = torch.empty(count, 3, device=self._device)
+        self._composite(density, rgb, t_fine, lengths, t_fine, colors)
+        return colors
+
+    def _composite(
+        self,
+        density: Tensor,
+        rgb: Tensor,
+        t: Tensor,
+        lengths: Tensor,
+        merged: Tensor,
+        colors: Tensor | None,
+    ) -> None:
+        """The colours, or where there are none to write, the samples of the fine pass."""
+        samples, drawn = t.shape[1], self._samples.fine
+        unused = lengths
+        volume.composite[(len(t),)](
+            density, rgb, t, lengths, unused, self._u, unused,
+            unused if colors is None else colors, unused, unused, merged, samples, drawn, samples,
+            0, 0.0, 0.0, TRAIN=False, COLOR=colors is not None,
+            WHITE=self._settings.white_background, IMPORTANCE=colors is None,
+            PADDED=power_of_two(samples), DRAWN=power_of_two(drawn) if colors is None else 1,
+            num_warps=4 if colors is None else 1,
+        )  # fmt: skip
+
+
+# Layers of one to four chunks of columns, odd ones too: what the kernels distinguish.
+CHECKED = FieldShape(trunk=(256, 170, 128, 40), skip=1, feature=60, view=128)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Compare the kernels with PyTorch on a fresh network, once a process and device.
+
+    Compilers and drivers differ from machine to machine; a network that trains on wrong gradients
+    would show it only after hours.
+
+    Raises:
+        NerfError: they cannot be compiled, or differ by more than bfloat16 explains.
+    """
+    fault = _fault(device)
+    if fault is not None:
+        raise NerfError(fault)
+
+
+@lru_cache(maxsize=8)
+def _fault(device: torch.device, rays: int = 3, samples: int = 43) -> str | None:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        field = Field(CHECKED)
+        values = [torch.rand(rays, 3), torch.rand(rays, 3), torch.rand(rays, samples)]
+        weights = [torch.rand(rays, samples), torch.rand(rays, samples, 3)]
+    field.to(device)
+    origins, directions, t = (value.to(device) for value in values)
+    g_density, g_rgb = (value.to(device) for value in weights)
+    unit = directions / directions.norm(dim=-1, keepdim=True)
+    with arithmetic("float32", device):
+        points = origins[:, None, :] + directions[:, None, :] * t[..., None]
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            expected = field(points, unit)
+            torch.autograd.backward(expected, (g_density, g_rgb))
+        try:
+            packed = PackedField(field)(origins, directions, t, unit)
+            fused = FusedField(CHECKED, rays, samples, device)
+            fused.load(field)
+            trained = fused.forward(origins, directions, t, encode(unit, CHECKED.direction_octaves))
+            fused.backward(g_density, g_rgb)
+            for name, found in (("evaluation", packed), ("training", trained)):
+                for one, other in zip(found, expected, strict=True):
+                    _compare(f"outputs in {name}", one, other.detach(), OUTPUT_TOLERANCE)
+            for name, parameter in field.named_parameters():
+                assert parameter.grad is not None
+                gradient = fused.plan.view(fused.extended_gradients, name)
+                _compare(f"gradients of {name}", gradient, parameter.grad, GRADIENT_TOLERANCE)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver throws
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error < tolerance:
+        raise NerfError(f"the fused kernels compute {what} wrongly here (error {error:.2g})")

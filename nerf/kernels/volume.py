@@ -1,0 +1,299 @@
+"""What happens between the networks, one launch each: rays of a step, compositing, sampling.
+
+Letters as in `nerf.rendering`: σ density, δ distance between samples, d = relu(σ)·δ·|direction|,
+T = exp(−Σ d before), w = (1 − exp(−d))·T; G the gradient of the loss with respect to a ray's
+colour.
+
+The gradients of compositing, with q = G·(c − background), are
+
+    ∂L/∂c = G·w,   ∂L/∂d_j = q_j·T_j·exp(−d_j) − Σ_{i>j} q_i·w_i.
+
+A program works on one ray (`composite`) or a few (`begin_step`). Sample counts are padded to powers
+of two in registers only. Places of the inverse CDF and of the merged samples are found by counting
+comparisons, which needs no search, no gather and no sort.
+"""
+
+import triton
+import triton.language as tl
+
+from nerf.kernels.encode import encode_chunk
+
+CHUNK = tl.constexpr(64)
+LAST_DISTANCE = tl.constexpr(1e10)  # as nerf.rendering.LAST_DISTANCE
+MIN_DENSITY = tl.constexpr(1e-5)  # as nerf.sampling.importance
+MIN_SPAN = tl.constexpr(1e-5)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit(do_not_specialize=["batches", "rays", "samples", "octaves"])
+def begin_step(
+    order,
+    counter,
+    pool_origins,
+    pool_directions,
+    pool_views,
+    pool_colors,
+    jitter,
+    strata,
+    origins,
+    directions,
+    lengths,
+    colors,
+    encoded,
+    t,
+    constants,
+    schedule,
+    batches,
+    rays,
+    samples,
+    octaves,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gather the rays of an iteration, place its coarse samples, work out its learning rate.
+
+    Args:
+        order: (≥ batches · R,) int32, an epoch's permutation of the pool.
+        counter: (1,) int64, the iteration; its batch is number counter mod batches.
+        pool_origins: (pool, 3) fp32; `pool_directions`, `pool_views` (unit) likewise.
+        pool_colors: (pool, 3) fp32.
+        jitter: (R, S) fp32, random numbers in [0, 1).
+        strata: (2, S) fp32, lower ends and widths of the strata.
+        origins: (R, 3) fp32, written; `directions`, `colors` likewise.
+        lengths: (R,) fp32, written: |direction|.
+        encoded: (R, 3 + 6 · octaves) fp32, written: γ of the unit directions.
+        t: (R, S) fp32, written.
+        constants: (4,) fp64: learning rate at the start, natural logarithm of what an iteration
+            multiplies it by, natural logarithms of Adam's β₁ and β₂.
+        schedule: (2,) fp32, written: see `nerf.kernels.adam`.
+        batches: batches of an epoch.
+        rays: R.
+        samples: S.
+        octaves: of the direction encoding.
+        PADDED: a power of two, at least S.
+        BLOCK: rays a program takes.
+    """
+    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = ray < rays
+    iteration = tl.load(counter)
+    if tl.program_id(0) == 0:
+        done = iteration.to(tl.float64)
+        rate = tl.load(constants) * tl.exp(tl.load(constants + 1) * done)
+        first_bias = 1.0 - tl.exp(tl.load(constants + 2) * (done + 1.0))
+        second_bias = 1.0 - tl.exp(tl.load(constants + 3) * (done + 1.0))
+        tl.store(schedule, (rate / first_bias).to(tl.float32))
+        tl.store(schedule + 1, (1.0 / tl.sqrt(second_bias)).to(tl.float32))
+    first = (iteration % batches) * rays
+    picked = tl.load(order + first + ray, mask=valid, other=0).to(tl.int64) * 3
+    place = ray * 3
+    square = tl.zeros((BLOCK,), tl.float32)
+    for axis in tl.static_range(3):
+        tl.store(origins + place + axis, tl.load(pool_origins + picked + axis), mask=valid)
+        tl.store(colors + place + axis, tl.load(pool_colors + picked + axis), mask=valid)
+        direction = tl.load(pool_directions + picked + axis)
+        tl.store(directions + place + axis, direction, mask=valid)
+        square += direction * direction
+    tl.store(lengths + ray, tl.sqrt(square), mask=valid)
+    features = 3 + 6 * octaves
+    column = tl.arange(0, CHUNK)
+    gamma = encode_chunk(
+        tl.load(pool_views + picked),
+        tl.load(pool_views + picked + 1),
+        tl.load(pool_views + picked + 2),
+        column,
+        octaves,
+    )
+    inside = valid[:, None] & (column < features)[None, :]
+    tl.store(encoded + ray[:, None] * features + column[None, :], gamma, mask=inside)
+    sample = tl.arange(0, PADDED)
+    exists = sample < samples
+    lower = tl.load(strata + sample, mask=exists, other=0.0)
+    width = tl.load(strata + samples + sample, mask=exists, other=0.0)
+    at = ray[:, None] * samples + sample[None, :]
+    inside = valid[:, None] & exists[None, :]
+    u = tl.load(jitter + at, mask=inside, other=0.0)
+    tl.store(t + at, lower[None, :] + width[None, :] * u, mask=inside)
+
+
+@triton.jit
+def _sigmoid(x):
+    # Of the negative size, so that the exponential cannot overflow.
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _merge_importance(
+    place, w, u_of, merged, ray, samples, drawn,
+    u_stride, PADDED: tl.constexpr, DRAWN: tl.constexpr,
+):  # fmt: skip
+    """Draw from the inverse CDF of a ray's weights and write old and new samples in order."""
+    sample = tl.arange(0, PADDED)
+    new = tl.arange(0, DRAWN)
+    exists = sample < samples
+    here = tl.load(place + sample, mask=exists, other=INFINITY)
+    bins = 0.5 * (here + tl.load(place + sample + 1, mask=sample + 1 < samples, other=0.0))
+    known = sample + 1 < samples
+    inner = (sample > 0) & known
+    density = tl.where(inner, w + MIN_DENSITY, 0.0)
+    density = density / tl.sum(density, 0)
+    cdf = tl.cumsum(density, 0)
+    u = tl.load(u_of + ray * u_stride + new, mask=new < drawn, other=0.0)
+    below = (cdf[None, :] <= u[:, None]) & known[None, :]
+    above = (cdf[None, :] > u[:, None]) & known[None, :]
+    cdf_below = tl.max(tl.where(below, cdf[None, :], 0.0), 1)
+    bin_below = tl.max(tl.where(below, bins[None, :], -INFINITY), 1)
+    cdf_above = tl.min(tl.where(above, cdf[None, :], INFINITY), 1)
+    bin_above = tl.min(tl.where(above, bins[None, :], INFINITY), 1)
+    last = cdf_above == INFINITY
+    cdf_above = tl.where(last, cdf_below, cdf_above)
+    bin_above = tl.where(last, bin_below, bin_above)
+    span = cdf_above - cdf_below
+    span = tl.where(span < MIN_SPAN, 1.0, span)
+    t = bin_below + (u - cdf_below) / span * (bin_above - bin_below)
+    t = tl.where(new < drawn, t, INFINITY)
+    # Ranks: how many come before. Equal ones keep their order, old before new.
+    old_rank = sample + tl.sum((t[None, :] < here[:, None]).to(tl.int32), 1)
+    new_rank = tl.sum((here[None, :] <= t[:, None]).to(tl.int32), 1)
+    mine, other = new[:, None], new[None, :]
+    # The same numbers once more along the other axis: a broadcast needs no copy between layouts.
+    earlier = (t[None, :] < t[:, None]) | ((t[None, :] == t[:, None]) & (other < mine))
+    new_rank += tl.sum(earlier.to(tl.int32), 1)
+    row = merged + ray * (samples + drawn)
+    tl.store(row + old_rank, here, mask=exists)
+    tl.store(row + new_rank, t, mask=new < drawn)
+
+
+@triton.jit(do_not_specialize=["samples", "drawn", "u_stride", "noise_std", "scale"])
+def composite(
+    density,
+    rgb,
+    t,
+    lengths,
+    noise,
+    u,
+    colors,
+    result,
+    g_density,
+    g_rgb,
+    merged,
+    samples,
+    drawn,
+    t_stride,
+    u_stride,
+    noise_std,
+    scale,
+    TRAIN: tl.constexpr,
+    COLOR: tl.constexpr,
+    WHITE: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    PADDED: tl.constexpr,
+    DRAWN: tl.constexpr,
+):
+    """Composite one ray; in training its error and the gradients too; draw the fine samples.
+
+    Args:
+        density: (R, S) fp32, raw.
+        rgb: (R, S, 3) fp32, raw.
+        t: (R, S) fp32, ascending; with `t_stride` 0 one row for all rays.
+        lengths: (R,) fp32, |direction|.
+        noise: (R, S) fp32, standard normal (TRAIN).
+        u: (R, N) fp32, where in the CDF to draw (IMPORTANCE); with `u_stride` 0 one row for all.
+        colors: (R, 3) fp32, true colours (TRAIN).
+        result: written: (R,) fp32, summed squared error of the colours (TRAIN), or (R, 3) fp32,
+            the colours, clamped to [0, 1] (COLOR).
+        g_density: (R, S) fp32, gradient of the loss, written (TRAIN); `g_rgb` (R, S, 3) likewise.
+        merged: (R, S + N) fp32, t and the new samples in order, written (IMPORTANCE).
+        samples: S.
+        drawn: N.
+        t_stride: S, or 0.
+        u_stride: N, or 0.
+        noise_std: what the noise is multiplied by.
+        scale: the loss is `scale` times the sum of the squared errors.
+        TRAIN: whether errors and gradients are wanted.
+        COLOR: whether colours are.
+        WHITE: whether the background is white.
+        IMPORTANCE: whether new samples are drawn.
+        PADDED: a power of two, at least S.
+        DRAWN: a power of two, at least N.
+    """
+    ray = tl.program_id(0).to(tl.int64)
+    sample = tl.arange(0, PADDED)
+    exists = sample < samples
+    at = ray * samples + sample
+    place = t + ray * t_stride
+    here = tl.load(place + sample, mask=exists, other=0.0)
+    after = tl.load(place + sample + 1, mask=sample + 1 < samples, other=0.0)
+    delta = tl.where(sample + 1 < samples, after - here, LAST_DISTANCE) * tl.load(lengths + ray)
+    sigma = tl.load(density + at, mask=exists, other=0.0)
+    if TRAIN:
+        sigma += noise_std * tl.load(noise + at, mask=exists, other=0.0)
+    depth = tl.where(exists, tl.maximum(sigma, 0.0) * delta, 0.0)
+    # The last depth is not part of any sum: it is 1e10 times the others.
+    inner = tl.where(sample + 1 < samples, depth, 0.0)
+    before = tl.cumsum(inner, 0) - inner
+    before = tl.where(sample + 1 < samples, before, tl.sum(inner, 0))
+    through = tl.exp(-depth)
+    transmittance = tl.exp(-before)
+    w = tl.where(exists, (1.0 - through) * transmittance, 0.0)
+    if TRAIN or COLOR:
+        red = _sigmoid(tl.load(rgb + at * 3, mask=exists, other=0.0))
+        green = _sigmoid(tl.load(rgb + at * 3 + 1, mask=exists, other=0.0))
+        blue = _sigmoid(tl.load(rgb + at * 3 + 2, mask=exists, other=0.0))
+        ray_red, ray_green = tl.sum(w * red, 0), tl.sum(w * green, 0)
+        ray_blue = tl.sum(w * blue, 0)
+        if WHITE:
+            rest = 1.0 - tl.sum(w, 0)
+            ray_red += rest
+            ray_green += rest
+            ray_blue += rest
+    if COLOR:
+        tl.store(result + ray * 3, tl.minimum(tl.maximum(ray_red, 0.0), 1.0))
+        tl.store(result + ray * 3 + 1, tl.minimum(tl.maximum(ray_green, 0.0), 1.0))
+        tl.store(result + ray * 3 + 2, tl.minimum(tl.maximum(ray_blue, 0.0), 1.0))
+    if TRAIN:
+        off_red = ray_red - tl.load(colors + ray * 3)
+        off_green = ray_green - tl.load(colors + ray * 3 + 1)
+        off_blue = ray_blue - tl.load(colors + ray * 3 + 2)
+        tl.store(result + ray, off_red * off_red + off_green * off_green + off_blue * off_blue)
+        g_red, g_green, g_blue = (
+            2.0 * scale * off_red,
+            2.0 * scale * off_green,
+            2.0 * scale * off_blue,
+        )
+        tl.store(g_rgb + at * 3, g_red * w * red * (1.0 - red), mask=exists)
+        tl.store(g_rgb + at * 3 + 1, g_green * w * green * (1.0 - green), mask=exists)
+        tl.store(g_rgb + at * 3 + 2, g_blue * w * blue * (1.0 - blue), mask=exists)
+        q = g_red * red + g_green * green + g_blue * blue
+        if WHITE:
+            q -= g_red + g_green + g_blue
+        share = tl.where(exists, q * w, 0.0)
+        behind = tl.cumsum(share, 0, reverse=True) - share
+        g_depth = q * transmittance * through - behind
+        gradient = tl.where(sigma > 0, g_depth * delta, 0.0)
+        tl.store(g_density + at, gradient, mask=exists)
+    if IMPORTANCE:
+        _merge_importance(place, w, u, merged, ray, samples, drawn, u_stride, PADDED, DRAWN)
+
+
+@triton.jit(do_not_specialize=["rays"])
+def end_step(counter, coarse_errors, fine_errors, sums, rays, PADDED: tl.constexpr):
+    """Count an iteration and add up its errors. One program.
+
+    Args:
+        counter: (1,) int64, iterations done, increased.
+        coarse_errors: (R,) fp32, summed squared errors of each ray; `fine_errors` likewise.
+        sums: (2,) fp32: the coarse and the fine MSE of this iteration are added.
+        rays: R.
+        PADDED: a power of two.
+    """
+    coarse = tl.zeros((PADDED,), tl.float32)
+    fine = tl.zeros((PADDED,), tl.float32)
+    for first in range(0, rays, PADDED):
+        ray = first + tl.arange(0, PADDED)
+        coarse += tl.load(coarse_errors + ray, mask=ray < rays, other=0.0)
+        fine += tl.load(fine_errors + ray, mask=ray < rays, other=0.0)
+    count = 3.0 * rays
+    tl.store(sums, tl.load(sums) + tl.sum(coarse, 0) / count)
+    tl.store(sums + 1, tl.load(sums + 1) + tl.sum(fine, 0) / count)
+    tl.store(counter, tl.load(counter) + 1)

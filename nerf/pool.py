@@ -1,0 +1,62 @@
+"""The rays that a training draws from."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nerf.cameras import Rays, view_rays
+from nerf.scenes.scene import Scene
+from nerf.validation import training_pixels
+
+
+class RayPool:
+    """All training rays of a scene with their colours, on one device.
+
+    An epoch is a seeded permutation of them, cut into whole batches; the few rays that are left
+    over sit that epoch out. Iteration i takes the i-th batch.
+
+    Args:
+        scene: the scene.
+        device: where the rays are kept.
+        validation: fraction of the pixels of each view that is left out.
+    """
+
+    def __init__(self, scene: Scene, device: torch.device, validation: float = 0.0) -> None:
+        views = []
+        for view in scene.train:
+            pose = torch.as_tensor(scene.poses[view], dtype=torch.float32)
+            views.append(view_rays(scene.camera, pose.to(device)))
+        self.rays = Rays.concatenate(views)
+        photos = torch.as_tensor(scene.images[list(scene.train)], dtype=torch.float32)
+        self.colors = photos.reshape(-1, 3).to(device)
+        if validation > 0.0:
+            free = torch.cat([training_pixels(scene, validation, view) for view in scene.train])
+            left = free.nonzero().flatten().to(device)
+            self.rays, self.colors = self.rays[left], self.colors[left]
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rays)
+
+    def batch(self, seed: int, iteration: int, size: int) -> tuple[Rays, Float[Tensor, "rays 3"]]:
+        """The rays and colours of one iteration."""
+        picked = self.pick(seed, iteration, size)
+        return self.rays[picked], self.colors[picked]
+
+    def pick(self, seed: int, iteration: int, size: int) -> Int[Tensor, " rays"]:
+        """The numbers of the rays of one iteration."""
+        size = min(size, len(self))
+        epoch, place = divmod(iteration, len(self) // size)
+        if self._order is None or self._order[0] != (seed, epoch):
+            self._order = ((seed, epoch), self.order(seed, epoch).to(self.colors.device))
+        return self._order[1][place * size : (place + 1) * size]
+
+    def order(self, seed: int, epoch: int) -> Int[Tensor, " rays"]:
+        """All rays in the order of an epoch, on the CPU."""
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
+        return torch.randperm(len(self), generator=generator)
+
+
+def mix(seed: int, number: int) -> int:
+    """A seed made of a seed and a number."""
+    return (seed * 1_000_003 + number * 7_919 + 1) % 2**63

@@ -1,0 +1,253 @@
+"""Training steps: what a `Trainer` repeats, in plain PyTorch or compiled.
+
+`nerf.fused` has the same on the fused kernels. All of them see the same rays and draw the same
+random numbers in the same order (jitter of the coarse samples, their density noise, places of the
+fine samples, density noise of all), so that runs of different backends can be compared step by step
+and a training may go on with another one.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nerf.backends import Resolved
+from nerf.cameras import Rays
+from nerf.devices import arithmetic
+from nerf.field import NerfModel
+from nerf.graphs import StepGraph
+from nerf.pool import RayPool
+from nerf.recipe import Recipe
+from nerf.rendering import RandomNumbers, RenderSettings, render_rays
+from nerf.sampling import Draws, ShareOfDraws
+from nerf.shares import Share
+
+log = logging.getLogger(__name__)
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+# Steps that run eagerly before one is captured: libraries load and memory pools fill meanwhile.
+STEPS_BEFORE_CAPTURE = 5
+
+Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Job:
+    """What is to be trained, and on what.
+
+    Attributes:
+        model: the networks, on the device; a step changes their weights in place.
+        pool: the training rays.
+        settings: bounds and background.
+        recipe: how.
+        seed: of the order of the rays.
+        device: where.
+        generator: random numbers of the steps, on the device.
+        share: which part of every batch is this process's; None for all of it.
+    """
+
+    model: NerfModel
+    pool: RayPool
+    settings: RenderSettings
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    generator: torch.Generator
+    share: Share | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rays of an iteration, in all processes together."""
+        return min(self.recipe.rays, len(self.pool))
+
+    def pick(self, iteration: int) -> Int[Tensor, " rays"]:
+        """The numbers of this process's rays of an iteration."""
+        picked = self.pool.pick(self.seed, iteration, self.recipe.rays)
+        return picked if self.share is None else self.share.part(picked)
+
+    def draws(self) -> Draws:
+        """Where this process's random numbers come from."""
+        if self.share is None:
+            return self.generator
+        return ShareOfDraws(self.generator, self.batch, self.share.bounds(self.batch)[0])
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All weights by name, e.g. ``fine.trunk.0.weight``."""
+        return {
+            f"{network}.{name}": parameter
+            for network, field in self.model.networks().items()
+            for name, parameter in field.named_parameters()
+        }
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """Runs training steps."""
+
+    name: Resolved
+
+    def run(self, first: int, count: int) -> Losses:
+        """Run `count` steps from iteration `first` on.
+
+        Returns:
+            The coarse and the fine MSE, each summed over the steps, on the device.
+        """
+
+    def moments(self) -> Moments:
+        """Adam's first and second moments by weight; empty before the first step."""
+
+    def restore(self, iteration: int, moments: Moments) -> None:
+        """Go on from other weights (already in place), moments and random state."""
+
+
+class EagerSteps:
+    """Steps in plain PyTorch; on a GPU replayed as one CUDA graph.
+
+    Args:
+        job: what to train.
+        graph: whether a graph may be used.
+        compiled: whether the losses go through `torch.compile`.
+    """
+
+    def __init__(self, job: Job, graph: bool = True, compiled: bool = False) -> None:
+        self.name: Resolved = "compiled" if compiled else "eager"
+        self.job = job
+        self._on_gpu = job.device.type == "cuda"
+        self._parameters = job.parameters()
+        rate = job.recipe.learning_rate
+        self._optimizer = torch.optim.Adam(
+            list(self._parameters.values()),
+            # In a tensor of the device, a captured step reads it anew each time.
+            lr=torch.tensor(rate, device=job.device) if self._on_gpu else rate,
+            betas=BETAS,
+            eps=EPSILON,
+            fused=True,
+            capturable=self._on_gpu,
+        )
+        self._losses: Callable[..., Losses] = losses
+        if compiled:
+            self._losses = torch.compile(losses, dynamic=False)
+        self._may_capture = self._on_gpu and graph
+        self._reset_capture()
+
+    def tried(self) -> "EagerSteps":
+        """The same, once it is known to work: what it compiles, it compiles now.
+
+        Raises:
+            Exception: whatever the compiler throws.
+        """
+        job = self.job
+        picked = job.pick(0)
+        random_state = job.generator.get_state()
+        with arithmetic(job.recipe.precision, job.device):
+            coarse_mse, fine_mse = self._forward(picked)
+            (coarse_mse + fine_mse).backward()
+        self._optimizer.zero_grad(set_to_none=True)
+        job.generator.set_state(random_state)
+        return self
+
+    def run(self, first: int, count: int) -> Losses:
+        """Run steps, see `Steps.run`."""
+        coarse_sum = torch.zeros((), device=self.job.device)
+        fine_sum = torch.zeros((), device=self.job.device)
+        with arithmetic(self.job.recipe.precision, self.job.device):
+            for iteration in range(first, first + count):
+                coarse_mse, fine_mse = self._step(iteration)
+                coarse_sum += coarse_mse
+                fine_sum += fine_mse
+        return coarse_sum, fine_sum
+
+    def _step(self, iteration: int) -> Losses:
+        job = self.job
+        picked = job.pick(iteration)
+        rate = job.recipe.rate(iteration)
+        for group in self._optimizer.param_groups:
+            if self._on_gpu:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if self._eager_steps_left == 0:
+            self._capture(picked)
+        self._eager_steps_left -= 1
+        return self._update(picked) if self._graph is None else self._graph(picked)
+
+    def _reset_capture(self) -> None:
+        self._graph: StepGraph[Losses] | None = None
+        self._eager_steps_left = STEPS_BEFORE_CAPTURE if self._may_capture else -1
+
+    def _capture(self, picked: Int[Tensor, " rays"]) -> None:
+        job = self.job
+        torch.cuda.synchronize(job.device)
+        random_state = job.generator.get_state()
+        try:
+            self._graph = StepGraph(self._update, job.generator, picked, alone=job.share is None)
+        except RuntimeError as error:
+            # A failed capture leaves its generator unusable.
+            job.generator = torch.Generator(job.device)
+            job.generator.set_state(random_state)
+            log.warning("training without a CUDA graph, which is slower: %s", error)
+
+    def _forward(self, picked: Int[Tensor, " rays"]) -> Losses:
+        job = self.job
+        rays, colors = job.pool.rays[picked], job.pool.colors[picked]
+        drawn = RandomNumbers.draw(
+            len(rays), job.model.samples, job.draws(), job.recipe.density_noise, job.device
+        )
+        return self._losses(job.model, rays, colors, job.settings, drawn)
+
+    def _update(self, picked: Int[Tensor, " rays"]) -> Losses:
+        coarse_mse, fine_mse = self._forward(picked)
+        self._optimizer.zero_grad(set_to_none=True)
+        share = self.job.share
+        if share is not None:
+            # The mean over the whole batch is the sum of the parts' means, each by its rays.
+            part = len(picked) / self.job.batch
+            coarse_mse, fine_mse = coarse_mse * part, fine_mse * part
+        (coarse_mse + fine_mse).backward()
+        coarse_mse, fine_mse = coarse_mse.detach(), fine_mse.detach()
+        if share is not None:
+            parameters = list(self._parameters.values())
+            coarse_mse, fine_mse = share.sum_up(parameters, (coarse_mse, fine_mse))
+        self._optimizer.step()
+        return coarse_mse, fine_mse
+
+    def moments(self) -> Moments:
+        """Adam's moments, see `Steps.moments`."""
+        return {
+            name: (state["exp_avg"], state["exp_avg_sq"])
+            for name, parameter in self._parameters.items()
+            if (state := self._optimizer.state.get(parameter))
+        }
+
+    def restore(self, iteration: int, moments: Moments) -> None:
+        """Go on from elsewhere, see `Steps.restore`."""
+        state = {
+            index: {
+                "step": torch.tensor(float(iteration)),
+                "exp_avg": moments[name][0],
+                "exp_avg_sq": moments[name][1],
+            }
+            for index, name in enumerate(self._parameters)
+            if iteration > 0
+        }
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._reset_capture()
+
+
+def losses(
+    model: NerfModel,
+    rays: Rays,
+    colors: Float[Tensor, "rays 3"],
+    settings: RenderSettings,
+    drawn: RandomNumbers,
+) -> Losses:
+    """MSE of the coarse and of the fine colours."""
+    coarse, fine = render_rays(model, rays, settings, drawn=drawn)
+    return (coarse.rgb - colors).square().mean(), (fine.rgb - colors).square().mean()
