@@ -34,7 +34,8 @@ from nerf.metrics import psnr
 from nerf.rendering import LAST_DISTANCE, Pass, RenderSettings, composite
 from nerf.rounding import RoundedLayer
 from nerf.scenes.scene import Scene
-from nerf.training import STEPS_BEFORE_CAPTURE, Progress, RayPool
+from nerf.steps import STEPS_BEFORE_CAPTURE
+from nerf.training import Progress, RayPool
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +275,7 @@ class Recovery:
     # --- a step ----------------------------------------------------------------------------
 
     def _reset_capture(self) -> None:
-        self._graph: StepGraph | None = None
+        self._graph: StepGraph[tuple[Tensor, Tensor]] | None = None
         self._eager_steps_left = STEPS_BEFORE_CAPTURE if self._on_gpu else -1
 
     def step(self) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -300,7 +301,7 @@ class Recovery:
         torch.cuda.synchronize(self.device)
         random_state = self._generator.get_state()
         try:
-            self._graph = StepGraph(self._update, picked, self._generator)
+            self._graph = StepGraph(self._update, self._generator, picked)
         except RuntimeError as error:
             # A failed capture leaves its generator unusable.
             self._generator = torch.Generator(self.device)
