@@ -32,7 +32,7 @@ from nerf.graphs import StepGraph
 from nerf.invented import InventedRays
 from nerf.metrics import psnr
 from nerf.rendering import LAST_DISTANCE, Pass, RenderSettings, composite
-from nerf.rounding import RoundedLayer
+from nerf.rounding import RoundedLayer, round_network
 from nerf.scenes.scene import Scene
 from nerf.steps import STEPS_BEFORE_CAPTURE
 from nerf.training import Progress, RayPool
@@ -338,10 +338,7 @@ class Recovery:
                 of: dict[str, Tensor] = dict(field.named_parameters())
                 if network not in self._trained:
                     of = {name: parameter.detach() for name, parameter in of.items()}
-                for layer, rounded in self.rounding.get(network, {}).items():
-                    of[f"{layer}.weight"] = rounded.weight(of[f"{layer}.weight"])
-                    of[f"{layer}.bias"] = rounded.bias(of[f"{layer}.bias"])
-                weights[network] = of
+                weights[network] = of | round_network(self.rounding.get(network, {}), of)
         return weights
 
     def _passes(

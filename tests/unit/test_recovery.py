@@ -22,7 +22,7 @@ from nerf.recovery import (
     distillation_loss,
 )
 from nerf.rendering import RenderSettings
-from nerf.rounding import RoundedLayer
+from nerf.rounding import RoundedLayer, round_network
 from orchestrator.bridge import network_of
 from pruning import SCHEMES, quantize
 from tests.tiny_scene import tiny_scene
@@ -273,6 +273,29 @@ def test_what_is_stored_is_what_was_trained_to_the_bit(scheme: str) -> None:
         assert torch.equal(computed[f"{layer}.bias"].detach(), tables["bias"].float())
     for name, change in recovery.rounding["fine"]["trunk.1"].change.items():
         assert not torch.equal(change, before[name]), f"{name} was not trained"
+
+
+@pytest.mark.parametrize("scheme", ["int4", "uint3", "kmeans2", "fp16"])
+def test_rounding_all_layers_together_is_rounding_each(scheme: str) -> None:
+    model = model_of(0)
+    layers = rounding_of(model, scheme)["fine"]
+    parameters = dict(model.fine.named_parameters())
+    leaves = [*parameters.values(), *(t for of in layers.values() for _, t in of.parameters())]
+    targets = {name: torch.randn(p.shape) for name, p in parameters.items()}
+
+    def gradients(rounded: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        loss = torch.stack([(rounded[name] * t).sum() for name, t in targets.items()]).sum()
+        return list(torch.autograd.grad(loss, leaves))
+
+    each = {}
+    for name, layer in layers.items():
+        each[f"{name}.weight"] = layer.weight(parameters[f"{name}.weight"])
+        each[f"{name}.bias"] = layer.bias(parameters[f"{name}.bias"])
+    together = round_network(layers, parameters)
+    assert together.keys() == each.keys() == parameters.keys()
+    assert all(torch.equal(together[name], tensor) for name, tensor in each.items())
+    for a, b in zip(gradients(together), gradients(each), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_a_scale_is_that_of_lsq() -> None:
