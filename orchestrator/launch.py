@@ -55,11 +55,11 @@ def launch(sweep: Sweep, config: dict[str, Any], detach: bool = False) -> int:
 
 
 def with_bundle(config: dict[str, Any], mount: str, folder: Path) -> dict[str, Any]:
-    """The cluster file with the bundle in place of what it mounts of our code."""
+    """The cluster file with one mount more; the scene is in it, and need not be where it says."""
     mounts = {
         remote: local
         for remote, local in (config.get("file_mounts") or {}).items()
-        if not f"{remote}/".startswith("~/prunefield/")
+        if not f"{remote}/".startswith("~/prunefield/data/")
     }
     return {**config, "file_mounts": {mount: str(folder), **mounts}}
 

@@ -107,6 +107,9 @@ def _remote_commands(command: Callable[..., Any]) -> None:
     submit.add_argument(
         "--address", metavar="URL", help="dashboard of a running cluster: send a Ray job there"
     )
+    submit.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="Ray cluster file, if the sweep's is none"
+    )
     submit.add_argument("--detach", action="store_true", help="do not wait; say how to look again")
 
     status = command(

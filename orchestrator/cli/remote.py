@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.spec import Sweep, cluster_part, load
+from orchestrator.spec import Sweep, cluster_part, load, load_cluster
 
 if TYPE_CHECKING:
     from orchestrator.scheduler.jobs import Jobs
@@ -25,16 +25,17 @@ def submit(options: argparse.Namespace) -> int:
     from orchestrator.launch import launch
 
     sweep = load(options.file)
-    config = cluster_part(sweep)
+    config = cluster_part(sweep) if options.cluster is None else load_cluster(options.cluster)
     address = options.address or (None if config else os.environ.get("RAY_API_SERVER_ADDRESS"))
     if address:
         with tempfile.TemporaryDirectory(prefix="prunefield-submit-") as folder:
             return submit_to(sweep, address, Path(folder), options.detach)
     if config is None:
         raise SweepError(
-            f"{options.file} does not say where Ray runs: give the cluster's address "
-            "(--address http://HEAD:8265), put the sweep under `metadata.sweep` of a Ray cluster "
-            f"file as in sweeps/fern.yaml, or run it here: prunefield run {options.file}"
+            f"{options.file} does not say where Ray runs: give the address of a cluster (--address "
+            "http://HEAD:8265) or a Ray cluster file (--cluster FILE), put the sweep under "
+            "`metadata.sweep` of such a file as sweeps/fern.yaml does, or run it here: "
+            f"prunefield run {options.file}"
         )
     return launch(sweep, config, options.detach)
 

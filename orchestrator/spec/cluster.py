@@ -67,6 +67,7 @@ def _plain_fields(data: dict[str, Any]) -> Iterator[tuple[str, Any, re.Pattern[s
     for key in ("image", "head_image", "worker_image"):
         yield from given("docker", key, IMAGE)
     yield from given("docker", "container_name", NAME)
-    for remote, local in section("file_mounts").items():
+    mounts = section("file_mounts")
+    for remote, local in mounts.items():
         yield "file_mounts (on the cluster)", remote, PATH
         yield f"file_mounts.{remote}", local, PATH

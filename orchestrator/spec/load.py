@@ -102,6 +102,24 @@ def cluster_part(sweep: Sweep) -> dict[str, Any] | None:
     return whole if is_cluster_file(whole) else None
 
 
+def load_cluster(path: Path | str) -> dict[str, Any]:
+    """Read a Ray cluster file, with a sweep in it or without.
+
+    Raises:
+        SpecError: it cannot be read, is none, or holds what a shell would read otherwise.
+    """
+    source = Path(path)
+    whole = _parse(_read(source), source)
+    if not isinstance(whole, dict) or not is_cluster_file(whole):
+        keys = ", ".join(sorted(CLUSTER_KEYS))
+        raise SpecError(
+            str(source), [Mistake("(top)", None, f"not a Ray cluster file: it has none of {keys}")]
+        )
+    if mistakes := cluster_mistakes(whole):
+        raise SpecError(str(source), mistakes)
+    return whole
+
+
 def given_scene_path(sweep: Sweep) -> Path | None:
     """The path of the scene as the file gives it, only `~` expanded; None if it gives none."""
     data, _ = _sweep_part(_parse(sweep.text, sweep.source), sweep.source)
