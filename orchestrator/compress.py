@@ -29,8 +29,10 @@ from pruning import (
     Price,
     Pruned,
     Ranking,
+    Sizing,
     Statistics,
     StatisticsError,
+    Widths,
     collect,
     cost_of,
     curvature_weights,
@@ -42,7 +44,9 @@ from pruning import (
     select,
     shrink,
     sparsify,
+    widths_within,
 )
+from pruning.selection import removed_count
 
 ATTEMPTS = 6
 FULL = 0.995
@@ -148,7 +152,9 @@ def compress(
     if config.mask is not None:
         model, masked = mask_model(dense, config, material.statistics)
         return _written(path, model, masked, config, material, info)
-    if config.errors == "pixel":
+    if config.layers:
+        model, pruned = _prune_by_layers(dense, config, material)
+    elif config.errors == "pixel":
         model, pruned = _prune_by_pixels(dense, config, material)
     else:
         model, pruned = prune_model(
@@ -224,6 +230,63 @@ def prune_model(
         for name in scope_of(scope)
     }
     return with_fields(dense, scope, pruned), pruned
+
+
+def _prune_by_layers(
+    dense: NerfModel, config: TrialConfig, material: Material
+) -> tuple[NerfModel, dict[str, Pruned]]:
+    """Remove from each layer of each network the fraction of its own; the others stay whole."""
+    fields = dense.networks()
+    networks = {name: network_of(fields[name], "all") for name in scope_of(config.networks)}
+    ratios = dict(zip(config.layers, config.layer_ratios, strict=True))
+    widths: Widths = {}
+    for name, network in networks.items():
+        for layer in network.graph.prunable():
+            whole = network.width(layer)
+            gone = removed_count(ratios.get(f"{name}/{layer}", 0.0), whole)
+            widths.setdefault(name, {})[layer] = whole - gone
+    # Of an allocation that ranks as the criterion does, whether or not errors are asked for.
+    schedule = "chain" if config.criterion == "obs" else "uniform"
+    ranking = _ranking(networks, replace(config, schedule=schedule), material)
+    pruned = cut(
+        networks,
+        ranking.keep(widths),
+        config.compensation,
+        material.statistics,
+        material.batches(networks),
+    )
+    return with_fields(dense, config.networks, pruned), pruned
+
+
+def ratios_for_size(
+    dense: NerfModel, config: TrialConfig, material: Material, info: Mapping[str, Any]
+) -> dict[str, float]:
+    """The ratios, by ``network/layer``, at which an allocation keeps to `config.size`, about.
+
+    Nothing is pruned, so what the codes of the pruned weights take is not known to the byte.
+
+    Raises:
+        BudgetError: no network is small enough for the file's size.
+    """
+    fields = dense.networks()
+    networks = {name: network_of(fields[name], "all") for name in scope_of(config.networks)}
+    whole = {
+        name: {layer: network.width(layer) for layer in network.graph.prunable()}
+        for name, network in networks.items()
+    }
+    ranking = _ranking(networks, config, material)
+    price, everything = price_in_files(with_fields(dense, config.networks, {}), config.bits, info)
+    fixed = everything - cost_of(networks, Budget(0, price), whole)
+    weights = {} if config.coarse_weight is None else {"coarse": config.coarse_weight, "fine": 1.0}
+    budget = Budget(float(config.size or 0) - fixed, price)
+    widths = widths_within(
+        config.schedule, Sizing(networks, budget, ranking.scores, ranking.paths, weights)
+    )
+    return {
+        f"{name}/{layer}": 1.0 - width / whole[name][layer]
+        for name, layers in widths.items()
+        for layer, width in layers.items()
+    }
 
 
 def _prune_by_pixels(

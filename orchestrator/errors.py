@@ -17,6 +17,7 @@
         ├── StoreError           the storage folder cannot be written, or holds a damaged entry
         ├── ClusterError         Ray cannot give what the sweep asks for
         ├── TrackingError        the tracking store cannot be used
+        ├── SearchError          the database of a study cannot be used
         └── SweepError           a sweep that is unknown, or has no results to report yet
 
 `nerf` and `pruning` do not know each other or the orchestrator, so the tree has three roots;
@@ -89,6 +90,10 @@ class TrackingError(OrchestratorError):
     """The tracking store cannot be used."""
 
 
+class SearchError(OrchestratorError):
+    """The database of a study cannot be used, or holds another study."""
+
+
 class SweepError(OrchestratorError):
     """A sweep is unknown here, or has nothing to report yet."""
 
@@ -107,6 +112,7 @@ __all__ = [
     "PruningError",
     "RatioError",
     "SceneError",
+    "SearchError",
     "SpecError",
     "StatisticsError",
     "StoreError",

@@ -19,7 +19,14 @@ from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
 from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.recover import ControlName, Recover
-from orchestrator.spec.sweep import Errors, NetworkScope, Schedule, Weighting
+from orchestrator.spec.sweep import (
+    Errors,
+    NetworkScope,
+    Objective,
+    Schedule,
+    SearchSettings,
+    Weighting,
+)
 from orchestrator.store import Store
 from pruning import (
     ALLOCATIONS,
@@ -167,6 +174,8 @@ class TrialConfig:
         errors: whether the errors that are weighed are those of a layer's readers or the pixel's.
         recover: how it is trained after that, or None.
         control: which control it is, in place of a pruning; a control has no criterion.
+        layers: what the ratios belong to, ``network/layer`` each; empty: to the hidden layers, the
+            same in each network.
     """
 
     networks: NetworkScope
@@ -184,6 +193,7 @@ class TrialConfig:
     errors: Errors = "layer"
     recover: Recover | None = None
     control: ControlName | None = None
+    layers: tuple[str, ...] = ()
 
     @property
     def needs(self) -> Needs:
@@ -195,7 +205,8 @@ class TrialConfig:
             gradients.add("curvature")
         if self.size is None:
             moments = moments_for([self.criterion], [self.compensation])
-            return Needs(tuple(sorted({*moments, *gradients})))
+            prunable: Prunable = "all" if self.layers else "trunk"
+            return Needs(tuple(sorted({*moments, *gradients})), prunable)
         moments = moments_for_budget(self.criterion, self.schedule, self.compensation)
         return Needs(tuple(sorted({*moments, *gradients})), "all")
 
@@ -220,6 +231,7 @@ class TrialConfig:
             "errors": self.errors,
             "recover": None if self.recover is None else self.recover.identity(),
             "control": self.control,
+            "layers": self.layers,
         }
         return _without(
             later,
@@ -231,6 +243,7 @@ class TrialConfig:
             errors="layer",
             recover=None,
             control=None,
+            layers=(),
         )
 
     def flat(self) -> dict[str, Any]:
@@ -260,7 +273,11 @@ class TrialConfig:
             flat["seed"] = self.calibration.seed
         elif self.seed is not None:
             flat["seed"] = self.seed
-        flat |= {f"layer_{i}_ratio": ratio for i, ratio in enumerate(self.layer_ratios)}
+        if self.layers:
+            names = [name.replace("trunk.", "layer_").replace("/", "_") for name in self.layers]
+        else:
+            names = [f"layer_{i}" for i in range(len(self.layer_ratios))]
+        flat |= {f"{n}_ratio": r for n, r in zip(names, self.layer_ratios, strict=True)}
         if self.recover is not None:
             flat |= self.recover.flat()
         if self.control is not None:
@@ -269,6 +286,27 @@ class TrialConfig:
                 name: value for name, value in flat.items() if name not in not_pruned
             }
         return flat
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a searched trial is measured: on validation rays, with a first look that may stop it.
+
+    Attributes:
+        first_key: content address of the result if the first look stops it.
+        objectives: what is compared.
+        bounds: of the constraints: metric, ``<=`` or ``>=``, value.
+        bar: objectives of earlier trials at their first look, to be beaten.
+        first_rays: of the first look; 0 for none.
+        margin: dB by which a trial must be worse to be stopped.
+    """
+
+    first_key: str
+    objectives: tuple[Objective, ...]
+    bounds: tuple[tuple[Objective, str, float], ...] = ()
+    bar: tuple[tuple[float, ...], ...] = ()
+    first_rays: int = 0
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -281,6 +319,7 @@ class Trial:
         statistics: key of the statistics it needs, or None.
         config: what is pruned, and how.
         cached: whether the store holds its result.
+        look: how it is measured in a search; None: on the held-out views.
     """
 
     key: str
@@ -288,6 +327,7 @@ class Trial:
     statistics: str | None
     config: TrialConfig
     cached: bool
+    look: Look | None = None
 
     @property
     def kind(self) -> Literal["trial", "control"]:
@@ -301,6 +341,28 @@ def kind_of(config: TrialConfig) -> Literal["trial", "control"]:
 
 
 @dataclass(frozen=True)
+class SearchPlan:
+    """The search on one trained model.
+
+    Attributes:
+        settings: what is searched.
+        training: the model.
+        sets: the calibration sets to choose among.
+        statistics: keys of their statistics, by set and `Needs.group`.
+        name: of the study.
+        planned: keys of the trials of the sweep's own grids on this model: whether they have ended
+            when the search begins is chance, so it does not start from them.
+    """
+
+    settings: SearchSettings
+    training: Training
+    sets: tuple[CalibrationSet, ...]
+    statistics: Mapping[tuple[CalibrationSet, str], str]
+    name: str
+    planned: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a sweep would run.
 
@@ -311,6 +373,7 @@ class Plan:
         calibrations: every pass over calibration rays.
         trials: every pruning, without duplicates.
         combinations: how many combinations the grids name (duplicates included).
+        searches: one a training where the sweep has a search.
     """
 
     sweep: Sweep
@@ -319,6 +382,7 @@ class Plan:
     calibrations: tuple[Calibration, ...]
     trials: tuple[Trial, ...]
     combinations: int
+    searches: tuple[SearchPlan, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Counts and resources, ready for JSON."""
@@ -333,6 +397,7 @@ class Plan:
             "trainings": count(self.trainings),
             "calibrations": count(self.calibrations),
             "trials": {**count(self.trials), "combinations": self.combinations},
+            "search": {"trials": sum(s.settings.trials for s in self.searches)},
             "resources": asdict(self.sweep.resources),
             "storage": self.sweep.storage,
         }
@@ -357,15 +422,16 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
         for config in _configs(grid, len(sweep.shape.trunk), view_count):
             combinations += 1
             configs[config] = None
-    needs = _needs_of_passes(configs)
+    by_search = _search_configs(sweep.search, view_count)
+    needs = _needs_of_passes((*configs, *by_search))
+    searches = []
     for recipe, seed in itertools.product(sweep.recipes, sweep.train_seeds):
         key = _training_key(sweep, fingerprint, recipe, seed)
         result = _result_key(sweep, key)
-        trainings.append(
-            Training(
-                key, result, recipe, seed, key in have["checkpoint"], result in have["training"]
-            )
+        training = Training(
+            key, result, recipe, seed, key in have["checkpoint"], result in have["training"]
         )
+        trainings.append(training)
         sets: dict[Pass, dict[CalibrationSet, str]] = {}
         for config in configs:
             statistics = None
@@ -380,6 +446,27 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
                     statistics = _statistics_key(key, config.calibration, needs[which])
                     of_pass[config.calibration] = statistics
             trials.append(_trial(sweep, key, statistics, config, have[kind_of(config)]))
+        if sweep.search is not None:
+            statistics_of = {}
+            for config in by_search:
+                if config.calibration is not None and config.needs.moments:
+                    which, wanted = _pass_of(config), config.calibration
+                    statistics = _statistics_key(key, wanted, needs[which])
+                    sets.setdefault(which, {})[wanted] = statistics
+                    statistics_of[wanted, config.needs.group] = statistics
+            own = frozenset(trial.key for trial in trials if trial.training == key)
+            # The more trials are asked for, the longer the same study goes on.
+            identity = {"search": sweep.identity["search"], "training": key}
+            searches.append(
+                SearchPlan(
+                    sweep.search,
+                    training,
+                    _search_sets(sweep.search, view_count),
+                    statistics_of,
+                    f"{sweep.name}-{content_key(identity)}",
+                    own,
+                )
+            )
         calibrations += [
             Calibration(
                 key,
@@ -399,6 +486,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
         tuple(calibrations),
         tuple(trials),
         combinations * len(trainings),
+        tuple(searches),
     )
 
 
@@ -413,6 +501,16 @@ def _check_views(sweep: Sweep, view_count: int) -> None:
         for place, views in enumerate(grid.calibration.views)
         if views is not None and views > view_count
     ]
+    if sweep.search is not None:
+        mistakes += [
+            Mistake(
+                place_of(sweep, "search", "calibration", "views", place),
+                views,
+                f"the scene has {view_count} training views",
+            )
+            for place, views in enumerate(sweep.search.calibration.views)
+            if views is not None and views > view_count
+        ]
     if mistakes:
         raise SpecError(str(sweep.source), mistakes)
 
@@ -437,6 +535,50 @@ def _trial(
 ) -> Trial:
     key = _trial_key(sweep, training, config)
     return Trial(key, training, statistics, config, cached=key in have)
+
+
+def _search_sets(settings: SearchSettings, view_count: int) -> tuple[CalibrationSet, ...]:
+    """The calibration sets that a search chooses among."""
+    axes = settings.calibration
+    return tuple(
+        CalibrationSet(view_count if views is None else views, rays, seed, weighting)
+        for views, rays, seed, weighting in itertools.product(
+            axes.views, axes.rays, axes.seeds, axes.weightings
+        )
+    )
+
+
+def _search_configs(settings: SearchSettings | None, view_count: int) -> tuple[TrialConfig, ...]:
+    """One pruning of each kind that a search may try or start from: what they read is collected."""
+    if settings is None:
+        return ()
+    found = []
+    for criterion, compensation, bits, wanted in itertools.product(
+        settings.criteria,
+        settings.compensations,
+        settings.bits,
+        _search_sets(settings, view_count),
+    ):
+        by_layer = TrialConfig(
+            networks=settings.networks,
+            criterion=criterion,
+            ratio=0.0,
+            schedule="searched",
+            layer_ratios=(0.0,),
+            calibration=wanted,
+            seed=wanted.seed,
+            compensation=compensation,
+            bits=bits,
+            errors=settings.errors if criterion == "obs" else "layer",
+            layers=("any",),
+        )
+        found.append(by_layer)
+        found += [
+            replace(by_layer, ratio=None, schedule=allocation, layer_ratios=(), layers=(), size=1)
+            for allocation in settings.start_allocations
+            if settings.start_sizes
+        ]
+    return tuple(found)
 
 
 def _needs_of_passes(configs: Iterable[TrialConfig]) -> dict[Pass, Needs]:
@@ -573,6 +715,37 @@ def _without(data: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     return {n: v for n, v in data.items() if n not in defaults or v != defaults[n]}
 
 
+def searched_trial(
+    sweep: Sweep, search: SearchPlan, config: TrialConfig, look: Look | None = None
+) -> Trial:
+    """A trial of a search: measured on validation rays as `look` says, or on the held-out views.
+
+    Args:
+        sweep: the sweep.
+        search: the search.
+        config: what is pruned, and how.
+        look: all but its `first_key`, which is filled in; None for the held-out views.
+    """
+    training = search.training.key
+    statistics = None
+    if config.calibration is not None and config.needs.moments:
+        statistics = search.statistics[config.calibration, config.needs.group]
+    if look is None:
+        key = _trial_key(sweep, training, config)
+    else:
+        protocol = {
+            "validation": search.training.recipe.validation,
+            "max_rays": sweep.protocol.max_rays,
+            "precision": sweep.protocol.precision,
+        }
+        if "ssim" in {*look.objectives, *(metric for metric, _, _ in look.bounds)}:
+            protocol["ssim"] = True
+        key = _trial_key(sweep, training, config, protocol)
+        first = {**protocol, "first_rays": look.first_rays}
+        look = replace(look, first_key=_trial_key(sweep, training, config, first))
+    return Trial(key, training, statistics, config, cached=False, look=look)
+
+
 def _training_key(sweep: Sweep, fingerprint: str, recipe: Recipe, seed: int) -> str:
     return content_key(
         {
@@ -610,7 +783,12 @@ def _statistics_key(training: str, wanted: CalibrationSet, needs: Needs) -> str:
     )
 
 
-def _trial_key(sweep: Sweep, training: str, config: TrialConfig) -> str:
+def _trial_key(
+    sweep: Sweep,
+    training: str,
+    config: TrialConfig,
+    protocol: Mapping[str, Any] | None = None,
+) -> str:
     return content_key(
         {
             "kind": "trial",
@@ -622,7 +800,7 @@ def _trial_key(sweep: Sweep, training: str, config: TrialConfig) -> str:
             "schedule": config.schedule,
             "calibration": None if config.calibration is None else config.calibration.identity(),
             "seed": config.seed,
-            "protocol": vars(sweep.protocol),
+            "protocol": protocol or vars(sweep.protocol),
             **config.identity,
         }
     )

@@ -80,6 +80,7 @@ class Progress:
     def ended(self, record: Record | None) -> None:
         """A node ended."""
         self._done += 1
+        self._total = max(self._total, self._done)  # a search knows only about how many
         if record is not None and record.failure is not None:
             self._failed += 1
         elif record is not None:

@@ -5,10 +5,12 @@ then, so that whoever drives it can report and stop it. Nothing here knows about
 """
 
 import json
+import math
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,13 @@ from nerf.training import Progress, RayPool, Recipe, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
 from orchestrator.compress import Material, Reduced, compress
-from orchestrator.errors import PrunefieldError
+from orchestrator.errors import PrunefieldError, SweepError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, CalibrationSet, Training, Trial, TrialConfig
+from orchestrator.plan import Calibration, CalibrationSet, Look, Training, Trial, TrialConfig
 from orchestrator.provenance import Origin
 from orchestrator.recovering import Ground, Recovered, recover_pruned, train_control
 from orchestrator.results import Failure, Record, ViewScore
+from orchestrator.search.goals import hopeless
 from orchestrator.spec import Sweep
 from orchestrator.store import Held, Store
 from pruning import Ranking, Statistics, cells
@@ -97,6 +100,7 @@ class Workbench:
         self._held_out: HeldOut | None = None
         self._validation: tuple[float, ValidationRays] | None = None
         self._fractions: dict[str, float] = {}
+        self._training_view: HeldOut | None = None
         self._model: tuple[str, NerfModel] | None = None
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
         self._rankings: tuple[str, dict[Any, Ranking]] = ("", {})
@@ -375,6 +379,9 @@ class Workbench:
         """
         if self.store.has(trial.kind, trial.key):
             return
+        if trial.look is not None:
+            self._search(trial, trial.look, watch)
+            return
         config = trial.config
         with watch.during("load"):
             dense = self.model(trial.training)
@@ -476,6 +483,80 @@ class Workbench:
         )
         statistics = {n: of.subset((wanted.views, wanted.rays)) for n, of in nested.items()}
         return Material(statistics, samples)
+
+    def _search(self, trial: Trial, look: Look, watch: Stopwatch) -> None:
+        """Prune one model and score it on validation rays, after a first look at few of them.
+
+        What the first look stops is an entry of its own, since it was not measured in full.
+        """
+        config = trial.config
+        with watch.during("load"):
+            dense = self.model(trial.training)
+            rays = self.validation(trial.training)
+            if rays is None or len(rays) == 0:
+                raise SweepError(f"training {trial.training} has no validation rays to search on")
+        with watch.during("calibrate"):
+            material = self.material(trial)
+        info = {
+            "scene": scene_info(self.sweep, self.scene()),
+            "pruning": config.flat(),
+            "training_key": trial.training,
+        }
+        precision, stopped = self.sweep.protocol.precision, False
+        with tempfile.TemporaryDirectory(prefix="search.", dir=self.store.root / "tmp") as scratch:
+            path = Path(scratch) / MODEL
+            with watch.during("prune"):
+                small = compress(path, dense, config, material, info)
+            metrics = {
+                **sizes(small.model, small.pruned),
+                "size_bytes": small.size,
+                "achieved_ratio": achieved_ratio(small.pruned),
+            }
+            score = None
+            if 0 < look.first_rays < len(rays):
+                with watch.during("first look"):
+                    score = rays.score(small.model, precision, stop=look.first_rays)
+                metrics |= {
+                    "first_mse": score.mse,
+                    "first_psnr": score.psnr,
+                    "render_seconds": score.seconds * rays.pixels_per_view / score.rays,
+                }
+                stopped = hopeless(metrics, look) is not None
+            if not stopped:
+                with watch.during("validate"):
+                    rest = rays.score(small.model, precision, start=score.rays if score else 0)
+                score = rest if score is None else score + rest
+                metrics |= {
+                    "validation_mse": score.mse,
+                    "validation_psnr": score.psnr,
+                    "render_seconds": score.seconds * rays.pixels_per_view / score.rays,
+                }
+                if any("ssim" in names for names in (look.objectives, *look.bounds)):
+                    with watch.during("validate"):
+                        metrics["validation_ssim"] = self._training_ssim(small.model)
+            key = look.first_key if stopped else trial.key
+            with watch.during("write"), self.store.writing("trial", key) as folder:
+                path.rename(folder / MODEL)
+                record = Record(
+                    kind="trial",
+                    key=key,
+                    training=trial.training,
+                    config=config.flat(),
+                    metrics=metrics,
+                    views=(),
+                    widths=_widths(small.model),
+                    provenance=self.origin.provenance(self.device, watch.seconds),
+                )
+                self.store.write_record(folder, record)
+
+    def _training_ssim(self, model: NerfModel) -> float:
+        """SSIM of the first training view, whole: validation rays alone make no picture."""
+        if self._training_view is None:
+            scene = self.scene()
+            only = replace(scene, test=scene.train[:1])
+            self._training_view = HeldOut(only, self.device)
+        found = self._training_view.evaluate(model, self.sweep.protocol.precision).ssim
+        return math.nan if found is None else found
 
     def _write_renders(self, folder: Path, evaluation: Evaluation, truth: bool) -> None:
         held_out = self.held_out()

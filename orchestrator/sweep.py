@@ -15,6 +15,7 @@ from orchestrator.provenance import Origin
 from orchestrator.report import ReportData, ReportFiles, write_report
 from orchestrator.results import Record
 from orchestrator.scheduler import Outcome, execute
+from orchestrator.search.summary import searched
 from orchestrator.spec import Sweep, load
 from orchestrator.store import Held, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
@@ -120,12 +121,14 @@ class Results:
         trainings: evaluations of the dense models.
         trials: prunings, and the controls beside them.
         failed: trainings and trials that failed and have no result since.
+        searched: trials of searches; those of the final front have held-out scores.
     """
 
     plan: Plan
     trainings: tuple[Record, ...]
     trials: tuple[Record, ...]
     failed: tuple[Record, ...]
+    searched: tuple[Record, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -156,7 +159,13 @@ def collect(plan: Plan, store: Store) -> Results:
 
     trainings = records(("training", t.result) for t in plan.trainings)
     trials = records((t.kind, t.key) for t in plan.trials)
-    return Results(plan, trainings, trials, tuple(failed))
+    found = [searched(search, store) for search in plan.searches]
+    planned = {t.key for t in plan.trials}
+    of_searches = dict.fromkeys(
+        key for of in found for key in (*of.trials, *of.final, *of.failed) if key not in planned
+    )
+    tried = records(("trial", key) for key in of_searches)
+    return Results(plan, trainings, trials, tuple(failed), tried)
 
 
 def results_of(path: Path | str) -> tuple[Results, Store]:
@@ -179,7 +188,7 @@ def results_of(path: Path | str) -> tuple[Results, Store]:
 def log_known(plan: Plan, store: Store, tracking: TrackingLogger) -> None:
     """Hand the tracking store what an earlier run finished; what it has already costs nothing."""
     known = collect(plan, store)
-    for record in (*known.trainings, *known.trials):
+    for record in (*known.trainings, *known.trials, *known.searched):
         tracking.record(record)
 
 
@@ -207,12 +216,22 @@ def report_data(results: Results, store: Store) -> ReportData:
         name=sweep.name,
         hash=sweep.hash,
         dense=(*results.trainings, *(r for r in results.failed if r.kind == "training")),
-        trials=tuple(r for r in (*results.trials, *results.failed) if r.kind == "trial"),
+        trials=tuple(
+            r for r in (*results.trials, *results.searched, *results.failed) if r.kind == "trial"
+        ),
         controls=tuple(r for r in (*results.trials, *results.failed) if r.kind == "control"),
         store=store,
         reference=largest and Reference(largest.size_bytes, sweep.report.reference_psnr),
         ratios=sweep.report.ratios,
-        description=sweep.description,
+        description=" ".join(
+            filter(
+                None,
+                (
+                    sweep.description,
+                    *(searched(s, store).sentence for s in results.plan.searches),
+                ),
+            )
+        ),
         commit=Origin.here().commit,
         seed=sweep.train_seeds[0],
     )

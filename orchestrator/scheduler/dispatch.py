@@ -7,7 +7,7 @@ already costs nothing).
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from orchestrator.results import Failure
-from orchestrator.scheduler.queue import Item, Loss
+from orchestrator.scheduler.queue import Item, Loss, Node
 
 Work = tuple[str, Item]  # the key of the model, and what to do with it
 
@@ -28,10 +28,14 @@ class Order:
         item: the node to run, or None: there is nothing (now), the lane may end.
         lost: nodes that killed their worker too often or took too long; the lane reports them as
             failed.
+        node: the node itself, where it is none that the plan knew from the start.
+        wait: whether more will come: the lane asks again in a moment.
     """
 
     item: Item | None
     lost: tuple[Loss, ...] = ()
+    node: Node | None = None
+    wait: bool = False
 
 
 class WorkTable:
@@ -49,9 +53,16 @@ class WorkTable:
         self._lost: dict[str, list[Loss]] = {}
         self._overdue: dict[Item, Failure] = {}
         self._begun: Counter[Item] = Counter()
+        self._nodes: dict[Item, Node] = {}
+        self._expecting = False
 
-    def offer(self, work: Iterable[Work]) -> None:
-        """Add items, each with the key of the model it works on."""
+    def expect(self, more: bool) -> None:
+        """Say whether more work will come, so that lanes without any wait for it."""
+        self._expecting = more
+
+    def offer(self, work: Iterable[Work], nodes: Mapping[Item, Node] | None = None) -> None:
+        """Add items, each with the key of the model it works on, and nodes that workers lack."""
+        self._nodes.update(nodes or {})
         for model, item in work:
             self._ready.setdefault(model, deque()).append(item)
 
@@ -70,14 +81,14 @@ class WorkTable:
         elif held is not None:
             self._unreported.setdefault(lane, []).append(held)
         if not self._ready:
-            return Order(None)
+            return Order(None, wait=self._expecting)
         key = model if model is not None and model in self._ready else next(iter(self._ready))
         item = self._ready[key].popleft()
         if not self._ready[key]:
             del self._ready[key]
         self._held[lane] = (key, item)
         self._begun[item] += 1
-        return Order(item)
+        return Order(item, node=self._nodes.get(item))
 
     def resume(self, lane: str) -> Order:
         """What a lane held when its worker died: again, unless that happened too often."""
@@ -91,7 +102,8 @@ class WorkTable:
                 item = None
             else:
                 self._begun[item] += 1
-        return Order(item, tuple(self._lost.get(lane, ())))
+        node = None if item is None else self._nodes.get(item)
+        return Order(item, tuple(self._lost.get(lane, ())), node, item is None and self._expecting)
 
     def _is_lost(self, item: Item) -> bool:
         return item in self._overdue or self._begun[item] > self._retries
@@ -142,9 +154,13 @@ class Dispatcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Dispatcher, (self._retries, self._table))
 
-    def offer(self, work: Iterable[Work]) -> None:
-        """Add items, each with the key of the model it works on."""
-        ray.get(self._table.offer.remote(list(work)))
+    def expect(self, more: bool) -> None:
+        """Say whether more work will come, see `WorkTable.expect`."""
+        ray.get(self._table.expect.remote(more))
+
+    def offer(self, work: Iterable[Work], nodes: Mapping[Item, Node] | None = None) -> None:
+        """Add items, each with the key of the model it works on, see `WorkTable.offer`."""
+        ray.get(self._table.offer.remote(list(work), nodes))
 
     def next(self, lane: str, model: str | None, reported: bool = False) -> Order:
         """The next item for a lane, see `WorkTable.next`."""

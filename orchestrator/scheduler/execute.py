@@ -12,14 +12,16 @@ from ray import tune
 
 from orchestrator.errors import StoreError
 from orchestrator.log import logger
-from orchestrator.plan import Calibration, Plan, Training
+from orchestrator.plan import Calibration, Plan, Training, Trial
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure, Provenance, Record
 from orchestrator.scheduler.cluster import capacity, connected, environment, requests
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
+from orchestrator.scheduler.seeking import SearchFeed
 from orchestrator.scheduler.worker import BenchMaker, StageTrainable
+from orchestrator.search.summary import is_finished
 from orchestrator.stages import Workbench
 from orchestrator.store import Store
 
@@ -79,6 +81,7 @@ def execute(
 
     Raises:
         ClusterError: the cluster cannot be reached or cannot give what the sweep asks for.
+        SearchError: the database of a search cannot be used.
         KeyboardInterrupt: the user stopped it; what was finished stays.
     """
     audience = tuple(listeners)
@@ -98,13 +101,27 @@ def execute(
         for listener in audience:
             listener.ended(record)
 
-    queue = PlanQueue(plan, on_progress, on_end)
+    searches = [search for search in plan.searches if not is_finished(search, store)]
+    if searches:  # a database that cannot be used is better known before any work
+        from orchestrator.search.search import open_study  # noqa: PLC0415  imports Optuna
+
+        for search in searches:
+            open_study(plan.sweep, search, store)
+    feeds = [SearchFeed(plan.sweep, search, store) for search in searches]
+    queue = PlanQueue(plan, on_progress, on_end, feeds)
     for listener in audience:
         listener.started(queue.total)
     if queue.total == 0:
         return Outcome((), interrupted=False)
     with connected():
-        _fit(plan, store, origin, queue, bench)
+        try:
+            _fit(plan, store, origin, queue, bench)
+        finally:
+            for feed in feeds:
+                feed.close()
+    for feed in feeds:
+        if feed.error is not None:
+            raise feed.error
     return Outcome(tuple(failures), interrupted=queue.total > 0)
 
 
@@ -160,8 +177,11 @@ def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin
         if isinstance(node, Calibration):
             return None
         kind = "training" if isinstance(node, Training) else node.kind
+        key = node.result if isinstance(node, Training) else node.key
+        if isinstance(node, Trial) and node.look is not None and not store.has("trial", key):
+            key = node.look.first_key
         try:
-            return store.read_record(kind, node.result if isinstance(node, Training) else node.key)
+            return store.read_record(kind, key)
         except StoreError as error:
             failure = Failure("write", str(error))
     logger.warning("%s %s failed in %s: %s", stage, node.key, failure.stage, failure.reason)

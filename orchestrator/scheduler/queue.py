@@ -10,7 +10,7 @@ Why lanes: see docs/decisions/0002-lanes.md.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -48,11 +48,41 @@ class Loss:
 class Dispatch(Protocol):
     """Where lanes get their work, see `orchestrator.scheduler.dispatch`."""
 
-    def offer(self, work: Iterable[tuple[str, Item]]) -> None:
-        """Add items, each with the key of the model it works on."""
+    def offer(
+        self, work: Iterable[tuple[str, Item]], nodes: Mapping[Item, Node] | None = None
+    ) -> None:
+        """Add items, each with the key of the model it works on, and nodes that workers lack."""
+
+    def expect(self, more: bool) -> None:
+        """Say whether more work will come, so that lanes without any wait for it."""
 
     def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         """Take back what a dead lane held; gives what must not be tried again."""
+
+
+class Feed(Protocol):
+    """Where trials come from that the plan cannot know: a search, see `scheduler.seeking`."""
+
+    needs: frozenset[str]
+    """Keys of what must be there before it begins."""
+
+    left: int
+    """How many trials it will still give, about."""
+
+    finished: bool
+    """Whether it gives nothing more, and all that it gave has ended."""
+
+    def begin(self) -> None:
+        """What it needs is there."""
+
+    def fail(self, reason: str) -> None:
+        """What it needs will never be there."""
+
+    def poll(self) -> Sequence[Trial]:
+        """Trials to run, as soon as it has some; does not wait."""
+
+    def ended(self, trial: Trial, failure: Failure | None) -> None:
+        """One of its trials ended."""
 
 
 class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
@@ -62,6 +92,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         plan: what to run.
         on_progress: called with a training's key and what it reports while it runs.
         on_end: called with a node and its failure, None if it succeeded.
+        feeds: where more trials come from.
     """
 
     def __init__(
@@ -69,6 +100,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         plan: Plan,
         on_progress: Callable[[Training, dict[str, Any]], None],
         on_end: Callable[[Node, Failure | None], None],
+        feeds: Iterable[Feed] = (),
     ) -> None:
         super().__init__(metric="done", mode="max")
         self._on_progress = on_progress
@@ -81,17 +113,24 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._waiting: dict[str, list[Node]] = {}
         self._open: dict[Item, Node] = {}
         self._trials: dict[str, Training | None] = {}  # Tune's id → training, None for a lane
+        self._idle_feeds = list(feeds)
+        self._feeds: list[Feed] = []
+        self._fed: dict[Item, Feed] = {}
+        self._awaited: set[str] = set()
+        self._expected = False
         self._arrange(plan)
 
     def _arrange(self, plan: Plan) -> None:
         """Sort what is missing into ready and waiting-for-a-key."""
         untrained = {t.key for t in plan.trainings if not t.trained}
         wanted = {t.statistics for t in plan.trials if not t.cached}
+        wanted |= {key for feed in self._idle_feeds for key in feed.needs}
         missing: set[str] = set()
         for training in plan.trainings:
             if not training.cached:
                 self._open[item_of(training)] = training
                 self._trainings.append(training)
+                self._awaited.add(training.key)
         for calibration in plan.calibrations:
             keys = set(calibration.sets.values())
             if not calibration.cached and keys & wanted:
@@ -101,6 +140,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             if not trial.cached:
                 needs = {trial.statistics} & missing or {trial.training} & untrained
                 self._place(trial, {key for key in needs if key is not None})
+        self._awaited |= missing
 
     def _place(self, node: Node, waits_for: set[str]) -> None:
         self._open[item_of(node)] = node
@@ -111,8 +151,9 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
 
     @property
     def total(self) -> int:
-        """Nodes that are neither done nor failed yet."""
-        return len(self._open)
+        """Nodes that are neither done nor failed yet; of a search about as many as are left."""
+        feeds = (*self._idle_feeds, *self._feeds)
+        return len(self._open) + sum(feed.left for feed in feeds if not feed.finished)
 
     def connect(self, dispatch: Dispatch, max_lanes: int) -> None:
         """Say where lanes get their work and how many the cluster can hold."""
@@ -126,19 +167,43 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
 
     def _offer(self) -> None:
         if self._dispatch is not None and self._to_offer:
-            self._dispatch.offer([(_model_of(node), item_of(node)) for node in self._to_offer])
+            items = [(item_of(node), node) for node in self._to_offer]
+            new = {item: node for item, node in items if item in self._fed}
+            self._dispatch.offer([(_model_of(node), item) for item, node in items], new)
             self._to_offer.clear()
+
+    def _pull(self) -> None:
+        """Take up what the searches have thought of meanwhile."""
+        for feed in [f for f in self._idle_feeds if not f.needs & self._awaited]:
+            self._idle_feeds.remove(feed)
+            self._feeds.append(feed)
+            feed.begin()
+        for feed in self._feeds:
+            for trial in feed.poll():
+                item = item_of(trial)
+                if item in self._open:  # the plan has it too
+                    self._fed[item] = feed
+                    continue
+                self._open[item] = trial
+                self._fed[item] = feed
+                self._to_offer.append(trial)
+        self._offer()
+        expecting = any(not feed.finished for feed in self._feeds)
+        if expecting != self._expected and self._dispatch is not None:
+            self._dispatch.expect(expecting)
+            self._expected = expecting
 
     # --- what Tune asks --------------------------------------------------------------------
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next training, another lane, None to wait, or FINISHED."""
+        self._pull()
         if self._trainings:
             training = self._trainings.popleft()
             self._trials[trial_id] = training
             return {"kind": "train", "key": training.key}
         if not self._open:
-            return Searcher.FINISHED
+            return None if self.total else Searcher.FINISHED
         lanes = sum(training is None for training in self._trials.values())
         waiting = sum(len(nodes) for nodes in self._waiting.values())
         training_now = len(self._trials) - lanes
@@ -155,6 +220,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             self._on_progress(training, result)
         for ended in result.get("ended", ()):
             self._end(ended)
+        self._pull()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -193,6 +259,12 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         if self._open.pop(item_of(node), None) is None:
             return
         self._on_end(node, failure)
+        if (feed := self._fed.get(item_of(node))) is not None and isinstance(node, Trial):
+            feed.ended(node, failure)
+        if failure is None:
+            self._awaited -= set(provided(node))
+        else:
+            self._fail_feeds(node, failure)
         for key in provided(node):
             for dependent in self._waiting.pop(key, []):
                 if failure is None:
@@ -201,6 +273,11 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
                     reason = f"it needs {KIND[type(node)]} {node.key}, which failed: "
                     self._close(dependent, Failure(failure.stage, reason + failure.reason))
         self._offer()
+
+    def _fail_feeds(self, node: Node, failure: Failure) -> None:
+        for feed in [f for f in self._idle_feeds if f.needs & set(provided(node))]:
+            self._idle_feeds.remove(feed)
+            feed.fail(f"it needs {KIND[type(node)]} {node.key}, which failed: {failure.reason}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: Tune pickles its searcher for a restore that never comes, see `save`."""

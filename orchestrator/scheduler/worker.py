@@ -21,6 +21,8 @@ from orchestrator.store import Store
 # A lane reports to Tune about so often, with all that it ended since: the round trip through the
 # driver then costs nothing to short prunings.
 REPORT_SECONDS = 0.5
+# A lane without work asks again after so long, while more may come.
+WAIT_SECONDS = 0.05
 
 BenchMaker = Callable[..., Workbench]
 """Makes a worker's bench; another than the real one serves to study the scheduler by itself."""
@@ -116,18 +118,20 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         while True:
             ended += [lost(item) for item in order.lost]
             if order.item is not None:
-                ended.append(self._run(order.item))
+                ended.append(self._run(order.item, order.node))
+            elif order.wait:
+                time.sleep(WAIT_SECONDS)
             told = time.monotonic() - reported > REPORT_SECONDS
             if told:
                 yield {"ended": ended}  # Tune has it when it asks for more
                 ended, reported = [], time.monotonic()
             order = self._dispatcher.next(lane, self._bench.loaded_model, told)
-            if order.item is None:
+            if order.item is None and not order.wait:
                 return {"ended": ended}
 
-    def _run(self, item: Item) -> dict[str, Any]:
+    def _run(self, item: Item, given: Node | None) -> dict[str, Any]:
         watch = Stopwatch()
-        node = self._nodes[item]
+        node = given or self._nodes[item]
         limits = self._bench.sweep.limits
         try:
             if isinstance(node, Calibration):

@@ -28,6 +28,7 @@ from orchestrator.spec.schema import (
     SweepFile,
     listed_schedules,
 )
+from orchestrator.spec.search import search_identity, search_mistakes, search_settings
 from orchestrator.spec.sweep import (
     CalibrationAxes,
     Limits,
@@ -79,6 +80,7 @@ def read_text(text: str, source: Path) -> Sweep:
         mistakes += cluster_mistakes(whole)
     if parsed is not None:
         mistakes += _size(parsed, prefix)
+        mistakes += _search(parsed, prefix)
     if parsed is None or mistakes:
         raise SpecError(str(source), mistakes)
     return _build(parsed, text, source)
@@ -247,6 +249,8 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
         found.append(
             Mistake(at("scene.path"), None, "this key is required (only `format: demo` needs none)")
         )
+    if not {"prune", "search"} & set(data):
+        found.append(Mistake(at("prune"), None, "this key is required (or `search`)"))
     network = section(section(data, "train"), "network")
     depth, skip = network.get("depth", 8), network.get("skip", 4)
     if type(depth) is not int or not 1 <= depth <= MAX_LAYERS:
@@ -271,6 +275,15 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
             where = at(f"prune[{number}]" if isinstance(grids, list) else "prune")
             found += [Mistake(f"{where}.{key}", None, why) for key, why in combinations(grid)]
     return found
+
+
+def _search(parsed: SweepFile, prefix: str) -> list[Mistake]:
+    """Mistakes of the search; its layers are those of the network."""
+    if parsed.search is None:
+        return []
+    where = f"{prefix}.search" if prefix else "search"
+    found = search_mistakes(parsed.search, parsed.train.network.depth, parsed.train.validation)
+    return [replace(m, path=where if m.path == "(section)" else f"{where}.{m.path}") for m in found]
 
 
 def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
@@ -335,6 +348,8 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
     identity = _without_later_defaults(
         parsed.model_dump(include={"name", "scene", "train", "prune", "evaluate"})
     )
+    if parsed.search is not None:
+        identity["search"] = search_identity(parsed.search)
     resources = parsed.resources
     return Sweep(
         name=parsed.name,
@@ -375,6 +390,7 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             reference_psnr=parsed.report.reference_psnr,
         ),
         identity=identity,
+        search=None if parsed.search is None else search_settings(parsed.search, network.depth),
     )
 
 

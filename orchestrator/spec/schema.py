@@ -625,8 +625,133 @@ class ReportSection(_Section):
     ] = 10.0
 
 
+class RatioRangeSection(_Section):
+    """Between what each searched ratio lies."""
+
+    low: Annotated[Ratio, Field(description="least fraction removed")] = 0.0
+    high: Annotated[Ratio, Field(description="greatest fraction removed")] = 0.95
+    step: Annotated[
+        Ratio | None, Field(description="ratios are multiples of this; whole channels by default")
+    ] = None
+
+
+class StartSection(_Section):
+    """What a search tries before it proposes anything itself."""
+
+    uniform: Annotated[
+        list[Ratio], Listed, Field(description="ratios, the same in every searched layer")
+    ] = []
+    schedules: Annotated[
+        list[ScheduleEntry],
+        BeforeValidator(listed_schedules),
+        Field(description="lists of ratios, one a hidden layer, the same in each network"),
+    ] = []
+    allocations: Annotated[
+        list[Allocation], Listed, Field(description="whose ratios at `sizes` are tried")
+    ] = ["chain"]
+    sizes: Annotated[list[Size], Listed, Field(description="of the model file")] = []
+    coarse_weight: Annotated[
+        PositiveFloat,
+        Field(description="how much the coarse network's errors count for the allocations"),
+    ] = 0.1
+    store: Annotated[
+        bool,
+        Field(strict=True, description="try what other sweeps found best on the same model, too"),
+    ] = True
+
+
+class FidelitySection(_Section):
+    """A first look at few validation rays, which stops a trial that is clearly dominated."""
+
+    rays: Annotated[
+        int,
+        Field(ge=0, le=MAX_COUNT, strict=True, description="of the first look; 0: no first look"),
+    ] = 2048
+    margin: Annotated[
+        Number,
+        Field(ge=0, description="dB by which a trial that is not larger must be better"),
+    ] = 0.5
+
+
+class SearchSection(_Section):
+    """An Optuna study: ratios layer by layer, chosen on validation rays.
+
+    A list of criteria, compensations, bits or calibration sets is searched as well. Objectives and
+    constraints on quality are measured on the validation rays; held-out views are rendered for the
+    final front alone.
+    """
+
+    trials: Annotated[Count, Field(description="of the study; raise it to go on")] = 200
+    sampler: Annotated[
+        Literal["gp", "tpe", "nsga2", "nsga3", "qmc", "random"],
+        Field(description="Optuna's sampler"),
+    ] = "gp"
+    seed: Annotated[Seed, Field(description="of the sampler")] = 0
+    batch: Annotated[
+        int,
+        Field(ge=1, le=1000, strict=True, description="trials proposed at once"),
+    ] = 16
+    objectives: Annotated[
+        list[Literal["size_bytes", "psnr", "mse", "ssim", "render_seconds", "flops"]],
+        Listed,
+        Field(min_length=1, max_length=3, description="one to three"),
+    ] = ["size_bytes", "psnr"]
+    constraints: Annotated[
+        list[str],
+        Listed,
+        Field(description="such as `size_bytes <= 500kB` or `psnr >= dense - 0.5`"),
+    ] = []
+    networks: Annotated[
+        Literal["coarse", "fine", "both", "shared"],
+        Field(description="which are pruned; `both`: each layer of each network by itself"),
+    ] = "both"
+    layers: Annotated[
+        Literal["each"] | list[list[int | Literal["feature", "view"]]],
+        Field(
+            description="`each`, or groups of layers with one ratio: numbers of hidden layers, "
+            "`feature`, `view`; what is in no group stays whole"
+        ),
+    ] = "each"
+    ratios: Annotated[RatioRangeSection, Field(description="the range of each ratio")] = (
+        RatioRangeSection()
+    )
+    criteria: Annotated[
+        list[Criterion], Listed, Field(min_length=1, description="scoring rules")
+    ] = ["obs"]
+    compensation: Annotated[
+        list[Compensation],
+        Listed,
+        Field(min_length=1, description="what replaces what was removed"),
+    ] = ["obs"]
+    bits: Annotated[
+        list[Bits], Listed, Field(min_length=1, description="how the file stores its weights")
+    ] = ["fp32"]
+    errors: Annotated[
+        Literal["layer", "pixel"],
+        Field(description="errors that `obs` weighs: of a layer's readers, or the pixel's"),
+    ] = "layer"
+    calibration: Annotated[CalibrationSection, Field(description="the calibration sets")] = (
+        CalibrationSection()
+    )
+    start: Annotated[StartSection, Field(description="what is tried first")] = StartSection()
+    fidelity: Annotated[FidelitySection, Field(description="the first look")] = FidelitySection()
+    final: Annotated[
+        Count, Field(description="the most points of the front whose held-out views are rendered")
+    ] = 64
+    storage: Annotated[
+        str | None,
+        Field(description="SQLAlchemy URL of the study; SQLite in the storage folder by default"),
+    ] = None
+
+
 class SweepFile(_Section):
     """A sweep file."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"anyOf": [{"required": ["prune"]}, {"required": ["search"]}]},
+    )
 
     name: Annotated[
         str, Field(pattern=NAME_PATTERN, description="of the sweep, its report and its MLflow run")
@@ -637,8 +762,11 @@ class SweepFile(_Section):
     prune: Annotated[
         list[PruneSection],
         Listed,
-        Field(min_length=1, description="one grid of prunings, or a list of them"),
-    ]
+        Field(min_length=1, description="one grid of prunings, or a list; optional with `search`"),
+    ] = []
+    search: Annotated[
+        SearchSection | None, Field(description="a search instead of, or beside, the grids")
+    ] = None
     evaluate: Annotated[EvaluateSection, Field(description="how models are measured")] = (
         EvaluateSection()
     )

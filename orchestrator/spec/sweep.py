@@ -170,6 +170,90 @@ class ReportSettings:
     reference_psnr: float = 10.0
 
 
+Objective = Literal["size_bytes", "psnr", "mse", "ssim", "render_seconds", "flops"]
+Sampler = Literal["gp", "tpe", "nsga2", "nsga3", "qmc", "random"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on a metric, relative to the dense model or not.
+
+    Attributes:
+        text: as the file writes it.
+        metric: what is bounded.
+        sense: ``<=`` or ``>=``.
+        dense: how often the dense model's value counts in the bound; 0: it does not.
+        offset: what is added.
+    """
+
+    text: str
+    metric: Objective
+    sense: Literal["<=", ">="]
+    dense: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """A search for ratios layer by layer.
+
+    Attributes:
+        trials: how many configurations are tried.
+        sampler: who proposes them.
+        seed: of the sampler.
+        batch: how many are proposed at once.
+        objectives: one to three.
+        constraints: what the front must keep to.
+        networks: which are pruned.
+        groups: layers that share a ratio (names without their network, e.g. ``trunk.0``).
+        low: least fraction removed.
+        high: greatest fraction removed.
+        step: ratios are multiples of this; None for whole channels.
+        criteria: to choose among, as are the next three.
+        compensations: see `criteria`.
+        bits: see `criteria`.
+        errors: weighed by `obs` and by the allocations tried first: of a layer, or the pixel's.
+        calibration: see `criteria`.
+        start_uniform: ratios tried first in every layer.
+        start_schedules: one ratio a hidden layer each, tried first in each network.
+        start_allocations: whose solutions at `start_sizes` are tried first.
+        start_sizes: bytes of the model file.
+        coarse_weight: for those allocations, with both networks.
+        start_store: whether trials of other sweeps on the same model are tried first.
+        first_rays: validation rays of the first look; 0 for none.
+        margin: dB by which a trial must be worse to be stopped after it.
+        final: the most points of the front whose held-out views are rendered.
+        storage: SQLAlchemy URL of the study; None for SQLite in the storage folder.
+    """
+
+    trials: int
+    sampler: Sampler
+    seed: int
+    batch: int
+    objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
+    networks: NetworkScope
+    groups: tuple[tuple[str, ...], ...]
+    low: float
+    high: float
+    step: float | None
+    criteria: tuple[str, ...]
+    compensations: tuple[str, ...]
+    bits: tuple[str, ...]
+    errors: Errors
+    calibration: CalibrationAxes
+    start_uniform: tuple[float, ...]
+    start_schedules: tuple[tuple[float, ...], ...]
+    start_allocations: tuple[str, ...]
+    start_sizes: tuple[int, ...]
+    coarse_weight: float
+    start_store: bool
+    first_rays: int
+    margin: float
+    final: int
+    storage: str | None
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A whole sweep file.
@@ -192,6 +276,7 @@ class Sweep:
         storage: where results are kept: a folder, or ``s3://bucket/prefix``.
         report: what the report shows.
         identity: canonical data of all that decides the results.
+        search: what is searched, or None.
     """
 
     name: str
@@ -211,6 +296,7 @@ class Sweep:
     storage: str
     report: ReportSettings
     identity: dict[str, Any]
+    search: SearchSettings | None = None
 
     @property
     def hash(self) -> str:

@@ -12,6 +12,8 @@
       controls/<key>/                  the same, of what is trained beside for comparison
       failures/<key>.json              the last failure of a key that has no result
       leases/<name>.json               who is doing what at the moment
+      searches/<study>.json            what a search tried and found, for the report
+      studies.db                       the studies of searches, by default
       sweeps/<name>/                   the report of a sweep
       mlflow.db, mlartifacts/          the default tracking store
 
@@ -245,6 +247,25 @@ class Store:
                 "sweep again to make it anew"
             )
         return path
+
+    # --- notes -----------------------------------------------------------------------------
+
+    def write_text(self, name: str, text: str) -> None:
+        """Keep a text under a name such as ``searches/x.json``, whole or not at all.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        self._backend.write(name, text.encode())
+
+    def read_text(self, name: str) -> str | None:
+        """The text under a name, or None.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        found = self._backend.read(name)
+        return None if found is None else found.data.decode()
 
     # --- failures --------------------------------------------------------------------------
 

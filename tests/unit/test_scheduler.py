@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +56,17 @@ class FakeDispatch:
     lost: tuple[Loss, ...] = ()
     dropped: list[str] = field(default_factory=list)
 
-    def offer(self, work: Iterable[tuple[str, Item]]) -> None:
+    nodes: dict[Item, Node] = field(default_factory=dict)
+    expecting: bool = False
+
+    def offer(
+        self, work: Iterable[tuple[str, Item]], nodes: Mapping[Item, Node] | None = None
+    ) -> None:
         self.offered += work
+        self.nodes |= nodes or {}
+
+    def expect(self, more: bool) -> None:
+        self.expecting = more
 
     def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         self.dropped.append(lane)
@@ -71,13 +80,14 @@ class FakeDispatch:
 class Bench:
     """A queue with everything it says."""
 
-    def __init__(self, made: Plan, lanes: int = 2, dispatch: Any = None) -> None:
+    def __init__(self, made: Plan, lanes: int = 2, dispatch: Any = None, feeds: Any = ()) -> None:
         self.ends: list[tuple[Item, Failure | None]] = []
         self.progress: list[tuple[str, dict[str, Any]]] = []
         self.queue = PlanQueue(
             made,
             lambda node, report: self.progress.append((node.key, report)),
             lambda node, failure: self.ends.append((item_of(node), failure)),
+            feeds,
         )
         self.dispatch = FakeDispatch() if dispatch is None else dispatch
         self.queue.connect(self.dispatch, lanes)
@@ -97,6 +107,37 @@ class Bench:
 
 def report(kind: str, key: str, failure: Any = None) -> dict[str, Any]:
     return {"kind": kind, "key": key, "failure": failure}
+
+
+@dataclass
+class FakeFeed:
+    """A search of three trials, two of them at once."""
+
+    needs: frozenset[str]
+    left: int = 3
+    finished: bool = False
+    begun: bool = False
+    failed: str | None = None
+    ready: list[Trial] = field(default_factory=list)
+    ends: list[tuple[str, Failure | None]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        self.begun = True
+        self.ready = [trial("f1", "a"), trial("f2", "a")]
+
+    def fail(self, reason: str) -> None:
+        self.failed, self.finished, self.left = reason, True, 0
+
+    def poll(self) -> Sequence[Trial]:
+        given, self.ready = self.ready, []
+        return given
+
+    def ended(self, trial: Trial, failure: Failure | None) -> None:
+        self.ends.append((trial.key, failure))
+        self.left -= 1
+        if len(self.ends) == 2:
+            self.ready = [globals()["trial"]("f3", "a")]
+        self.finished = len(self.ends) == 3
 
 
 # --- the queue ---------------------------------------------------------------------------------
@@ -645,3 +686,63 @@ def test_a_block_that_takes_too_long_ends_its_process(block: str, says: str, end
         check=False,
     )
     assert (done.stdout, done.returncode) == (says, ends)
+
+
+# --- trials that the plan cannot know ------------------------------------------------------------
+
+
+def test_a_search_begins_when_its_model_and_statistics_are_there() -> None:
+    feed = FakeFeed(frozenset({"a", "a-s0-0"}))
+    bench = Bench(plan(training("a"), calibration("a")), feeds=[feed])
+    assert bench.queue.total == 5
+    bench.suggest()
+    bench.end("t1", ("train", "a", None))
+    bench.suggest()
+    assert bench.dispatch.keys == ["a-0"]  # nobody else needs these statistics
+    assert not feed.begun
+    bench.end("t2", ("calibrate", "a-0", None))
+    assert bench.suggest() == {"kind": LANE, "key": "t3"}
+    assert feed.begun
+    assert bench.dispatch.keys == ["a-0", "f1", "f2"]
+    assert set(bench.dispatch.nodes) == {("prune", "f1"), ("prune", "f2")}
+    assert bench.dispatch.expecting
+
+
+def test_a_search_is_told_what_ended_and_the_sweep_waits_for_the_rest() -> None:
+    feed = FakeFeed(frozenset({"a"}))
+    bench = Bench(plan(training("a", trained=True, evaluated=True)), lanes=1, feeds=[feed])
+    assert bench.suggest() == {"kind": LANE, "key": "t1"}
+    bench.queue.on_trial_result(
+        "t1", {"ended": [report("prune", "f1"), report("prune", "f2", OOPS)]}
+    )
+    assert feed.ends == [("f1", None), ("f2", Failure(**OOPS))]
+    assert bench.dispatch.keys == ["f1", "f2", "f3"]
+    bench.queue.on_trial_result("t1", {"ended": []})
+    assert bench.suggest() is None
+    bench.end("t1", ("prune", "f3", None))
+    assert bench.suggest() == Searcher.FINISHED
+    assert not bench.dispatch.expecting
+    assert bench.queue.total == 0
+
+
+def test_a_search_whose_model_fails_ends() -> None:
+    feed = FakeFeed(frozenset({"a"}))
+    bench = Bench(plan(training("a")), feeds=[feed])
+    bench.suggest()
+    bench.end("t1", ("train", "a", OOPS))
+    assert feed.failed is not None
+    assert "oops" in feed.failed
+    assert bench.suggest() == Searcher.FINISHED
+
+
+def test_lanes_wait_while_more_may_come_and_get_the_nodes_that_they_lack() -> None:
+    table, node = WorkTable(retries=1), trial("f1", "a")
+    assert not table.next("l1", None).wait
+    table.expect(True)
+    assert table.next("l1", None) == Order(None, wait=True)
+    table.offer([("a", item_of(node))], {item_of(node): node})
+    assert table.next("l1", None).node == node
+    assert table.resume("l1").node == node  # its worker died once
+    table.next("l1", None)
+    table.expect(False)
+    assert not table.next("l1", None).wait
