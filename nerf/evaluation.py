@@ -19,7 +19,15 @@ from nerf.cameras import Rays, view_rays
 from nerf.devices import Precision
 from nerf.field import NerfModel
 from nerf.files import replacing
-from nerf.metrics import SSIM_WINDOW, mse, psnr, ssim
+from nerf.metrics import (
+    DETAIL_GROUPS,
+    SSIM_WINDOW,
+    mse,
+    pixels_by_detail,
+    psnr,
+    psnr_by_detail,
+    ssim,
+)
 from nerf.renderer import Renderer
 from nerf.rendering import RenderSettings
 from nerf.scenes.scene import Scene
@@ -39,6 +47,8 @@ class ViewResult:
             window.
         seconds: wall time of the rendering.
         picture: the rendered view; None when only some of its rays were rendered.
+        detail: PSNR in dB of each fifth of the pixels, from the flattest of the photo to the most
+            detailed (by the gradient of its luminance); empty without a picture.
     """
 
     view: int
@@ -47,6 +57,7 @@ class ViewResult:
     ssim: float | None
     seconds: float
     picture: Float[Tensor, "height width 3"] | None
+    detail: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ class HeldOut:
         self.settings = RenderSettings(scene.near, scene.far, scene.white_background)
         self._rays: list[Rays] = []
         self._photos: list[Float[Tensor, "rays 3"]] = []
+        self._by_detail: list[Int[Tensor, " pixels"]] = []
         for view in scene.test:
             pose = torch.as_tensor(scene.poses[view], dtype=torch.float32)
             photo = torch.as_tensor(scene.images[view], dtype=torch.float32).reshape(-1, 3)
@@ -117,6 +129,8 @@ class HeldOut:
                 photo = photo[picked]
             self._rays.append(view_rays(camera, pose, picked).to(device))
             self._photos.append(photo.to(device))
+            if self.whole and pixels >= DETAIL_GROUPS:
+                self._by_detail.append(pixels_by_detail(self._photos[-1].view(self.shape)))
 
     def evaluate(
         self,
@@ -137,7 +151,9 @@ class HeldOut:
         """
         renderer = Renderer(model, self.settings, precision, backend)
         results = []
-        for view, rays, photo in zip(self.views, self._rays, self._photos, strict=True):
+        for place, (view, rays, photo) in enumerate(
+            zip(self.views, self._rays, self._photos, strict=True)
+        ):
             started = time.perf_counter()
             colors = renderer.colors(rays, chunk, progress)
             if photo.is_cuda:
@@ -148,7 +164,12 @@ class HeldOut:
             similarity = None
             if picture is not None and min(self.shape[:2]) >= SSIM_WINDOW:
                 similarity = ssim(picture, photo.view(self.shape))
-            results.append(ViewResult(view, error, psnr(error), similarity, seconds, picture))
+            detail: tuple[float, ...] = ()
+            if picture is not None and self._by_detail:
+                detail = psnr_by_detail(picture, photo.view(self.shape), self._by_detail[place])
+            results.append(
+                ViewResult(view, error, psnr(error), similarity, seconds, picture, detail)
+            )
         return Evaluation(tuple(results), self.rays_per_view, self.whole)
 
     def photo(self, view: int) -> Float[Tensor, "height width 3"]:

@@ -6,10 +6,12 @@ Letters: x, y pictures in linear [0, 1] RGB; μ, σ², σ_xy their local means, 
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  PyTorch itself writes it so
 
+LUMINANCE = (0.2126, 0.7152, 0.0722)
+DETAIL_GROUPS = 5
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1 = 0.01
@@ -24,6 +26,41 @@ def mse(x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"]) -> float:
 def psnr(mean_squared_error: float) -> float:
     """Peak signal-to-noise ratio in dB for pictures in [0, 1]: −10·log10(MSE)."""
     return math.inf if mean_squared_error == 0.0 else -10.0 * math.log10(mean_squared_error)
+
+
+def pixels_by_detail(photo: Float[Tensor, "height width 3"]) -> Int[Tensor, " pixels"]:
+    """Row-major pixel numbers from the flattest spot of a photo to the most detailed.
+
+    Detail is the gradient magnitude |∇Y| of the luminance Y (ITU-R BT.709), by central differences;
+    equal ones stay in the order of the pixels.
+    """
+    luminance = photo.double() @ photo.new_tensor(LUMINANCE, dtype=torch.float64)
+    gradients = [
+        torch.gradient(luminance, dim=axis)[0]
+        for axis in (0, 1)
+        if luminance.shape[axis] > 1  # a single row has no slope across it
+    ]
+    steepness = sum((g.square() for g in gradients), torch.zeros_like(luminance))
+    return torch.argsort(steepness.flatten(), stable=True)
+
+
+def psnr_by_detail(
+    x: Float[Tensor, "height width 3"],
+    y: Float[Tensor, "height width 3"],
+    order: Int[Tensor, " pixels"],
+    groups: int = DETAIL_GROUPS,
+) -> tuple[float, ...]:
+    """PSNR in dB of each group of pixels, the flattest first.
+
+    Args:
+        x: a render.
+        y: its photo.
+        order: `pixels_by_detail` of the photo.
+        groups: quantiles: so many groups of as many pixels (give or take one).
+    """
+    errors = (x.double() - y.double()).square().mean(dim=-1).flatten()[order]
+    means = torch.stack([part.mean() for part in errors.tensor_split(groups)])
+    return tuple(psnr(value) for value in means.tolist())
 
 
 def ssim(

@@ -36,12 +36,22 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ViewScore:
-    """How one held-out view came out (MSE in linear [0, 1] RGB; PSNR in dB; SSIM up to 1)."""
+    """How one held-out view came out (MSE in linear [0, 1] RGB; PSNR in dB; SSIM up to 1).
+
+    Attributes:
+        view: its index in the scene.
+        mse: of the whole view.
+        psnr: of the whole view.
+        ssim: None where the view has none.
+        detail: PSNR of each fifth of its pixels, from the flattest of the photo to the most
+            detailed; empty where it was not measured.
+    """
 
     view: int
     mse: float
     psnr: float
     ssim: float | None
+    detail: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class Record:
                 training=data["training"],
                 config=dict(data["config"]),
                 metrics=dict(data["metrics"]),
-                views=tuple(ViewScore(**view) for view in data["views"]),
+                views=tuple(_view_score(view) for view in data["views"]),
                 widths={name: tuple(w) for name, w in data["widths"].items()},
                 provenance=Provenance(**data["provenance"]),
                 failure=Failure(**failure) if failure else None,
@@ -139,3 +149,7 @@ class Record:
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a record: {error}") from error
+
+
+def _view_score(data: Mapping[str, Any]) -> ViewScore:
+    return ViewScore(**{**data, "detail": tuple(data.get("detail", ()))})

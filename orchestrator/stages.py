@@ -648,7 +648,7 @@ def _scores(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _views(evaluation: Evaluation) -> tuple[ViewScore, ...]:
-    return tuple(ViewScore(v.view, v.mse, v.psnr, v.ssim) for v in evaluation.views)
+    return tuple(ViewScore(v.view, v.mse, v.psnr, v.ssim, v.detail) for v in evaluation.views)
 
 
 def _widths(model: NerfModel) -> dict[str, tuple[int, ...]]:

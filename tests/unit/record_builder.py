@@ -29,7 +29,8 @@ def provenance() -> Provenance:
 def views(psnr: float) -> tuple[ViewScore, ...]:
     scores = [psnr + 0.25 * (i - (len(VIEWS) - 1) / 2) for i in range(len(VIEWS))]
     return tuple(
-        ViewScore(v, 10 ** (-s / 10), s, 0.3 + s / 60) for v, s in zip(VIEWS, scores, strict=True)
+        ViewScore(v, 10 ** (-s / 10), s, 0.3 + s / 60, tuple(s + 4 - 2.0 * k for k in range(5)))
+        for v, s in zip(VIEWS, scores, strict=True)
     )
 
 
