@@ -101,6 +101,28 @@ def front(points: Iterable[Point], quality: Quality = "psnr") -> tuple[Point, ..
     return tuple(kept)
 
 
+def knee(front: tuple[Point, ...]) -> Point:
+    """The point of a front of size and PSNR where more bytes stop paying.
+
+    The one highest above the chord from the smallest to the largest point, sizes counted by their
+    logarithm (from 100 kB to 200 kB is as far as from 1 MB to 2 MB), both axes scaled to [0, 1].
+
+    Args:
+        front: smallest first, at least one point.
+
+    Source: Satopää et al. 2011, "Finding a Kneedle in a Haystack".
+    """
+    sizes = [math.log(point.size_bytes) for point in front]
+    width, height = sizes[-1] - sizes[0], front[-1].psnr - front[0].psnr
+    if width <= 0 or height <= 0:
+        return front[0]
+    above = [
+        (point.psnr - front[0].psnr) / height - (size - sizes[0]) / width
+        for point, size in zip(front, sizes, strict=True)
+    ]
+    return front[above.index(max(above))]
+
+
 def hypervolume(points: Sequence[Point], reference: Reference, quality: Quality = "psnr") -> float:
     """The exact area that the points dominate within the reference point.
 

@@ -1,13 +1,7 @@
 """Which model of a sweep to ship: the answer to one question, with its reasons.
 
 Three questions: the best picture within a size, the smallest model with a picture that good, and
-the knee of the front, where more bytes stop paying. Candidates are the trials and the dense models.
-
-The **knee** is the point of the front that lies highest above the chord from its smallest to its
-largest point, sizes counted by their logarithm (from 100 kB to 200 kB is as far as from 1 MB to
-2 MB) and both axes scaled to [0, 1].
-
-Source: Satopää et al. 2011, "Finding a Kneedle in a Haystack", for the distance from the chord.
+the knee of the front. Candidates are the trials and the dense models.
 """
 
 import math
@@ -119,7 +113,7 @@ def pick(
         nearest = max(models, key=lambda p: p.psnr)
     else:
         rule = "the knee of the front of size and PSNR"
-        chosen = nearest = knee(pareto.front(models))
+        chosen = nearest = pareto.knee(pareto.front(models))
     if chosen is None:
         raise SweepError(
             f"no model of the sweep {data.name} fits ({rule}); the nearest is {nearest.key} with "
@@ -135,19 +129,6 @@ def pick(
         scene=scene,
         view=min(views, default=None),
     )
-
-
-def knee(front: tuple[Point, ...]) -> Point:
-    """The point of a front (smallest first, at least one) where more bytes stop paying."""
-    sizes = [math.log(point.size_bytes) for point in front]
-    width, height = sizes[-1] - sizes[0], front[-1].psnr - front[0].psnr
-    if width <= 0 or height <= 0:
-        return front[0]
-    above = [
-        (point.psnr - front[0].psnr) / height - (size - sizes[0]) / width
-        for point, size in zip(front, sizes, strict=True)
-    ]
-    return front[above.index(max(above))]
 
 
 def model_file(store: Store, record: Record) -> Path:

@@ -50,6 +50,7 @@ class ReportData:
         description: a sentence for people.
         commit: git commit of the code that writes the report.
         seed: the sweep's seed.
+        scene: name of the scene's folder.
         controls: records of what was trained beside the recoveries, failed ones included.
     """
 
@@ -63,6 +64,7 @@ class ReportData:
     description: str = ""
     commit: str | None = None
     seed: int | None = None
+    scene: str = ""
     controls: tuple[Record, ...] = ()
 
     @cached_property

@@ -1,11 +1,18 @@
-"""The page: plain HTML in one file, every value escaped, nothing loaded from anywhere."""
+"""The page: one file of HTML with its style, its script and its data; nothing is loaded.
 
+The tables are plain HTML and readable without JavaScript; charts, filters and the chosen model are
+drawn by ``assets/page.js`` from the block of JSON that `payload` makes. The page's own security
+policy allows that one script, by its hash, and no request to anywhere.
+"""
+
+import base64
+import hashlib
 import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from orchestrator.pareto import Quality
 from orchestrator.report.data import (
     ReportData,
     Series,
@@ -14,37 +21,40 @@ from orchestrator.report.data import (
     ratio_of,
     smallest_within,
 )
-from orchestrator.report.pictures import Cell, Grid, Inlined, png_uri
+from orchestrator.report.effects import amount_of
+from orchestrator.report.payload import ASSETS, payload
+from orchestrator.report.pictures import Album, Cell, Grid
+from orchestrator.report.plots import describe_front, describe_ratios
 from orchestrator.report.published import TABLE_1
-from orchestrator.report.style import CSS
 from orchestrator.report.tables import ABSENT, fixed, megabytes, percent
 from orchestrator.results import Record, method_of
+from orchestrator.units import show_bytes
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LOSSES = (0.5, 1.0)
+QUALITIES: tuple[Quality, ...] = ("psnr", "mse")
 
 
-def page(
-    data: ReportData,
-    plots: Mapping[str, Mapping[str, bytes]],
-    words: Mapping[str, str],
-    grids: Sequence[Grid],
-    pictures: Mapping[Path, Inlined],
-) -> str:
+def page(data: ReportData, grids: Sequence[Grid], album: Album) -> str:
     """The whole page.
 
     Args:
         data: the sweep.
-        plots: PNG of each plot by name and theme (``light``, ``dark``).
-        words: each plot described in words, by name.
         grids: the grids of renders, one a view.
-        pictures: the renders that fit into the page.
+        album: the pictures that fit into the page.
     """
+    script = (ASSETS / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
     sections = [
-        ("fronts", "Size against quality", _fronts(data, plots, words)),
-        ("ratios", "Quality against ratio", _ratios(plots, words)),
+        ("fronts", "Size against quality", _explorer(data)),
+        ("gallery-title", "The front in pictures", _gallery(album)),
+        ("detail-title", "Flat regions and detail", _detail()),
+        ("effects", "What the parameters did", _effects(data)),
         ("table", "Beside the published table", _published(data)),
-        ("renders", "Renders", _renders(data, grids, pictures)),
+        ("renders", "Renders by ratio", _renders(data, grids, album)),
         ("trials", "All trials", _trials(data)),
         ("failed", "Failed", _failed(data)),
         ("provenance", "Where the numbers come from", _provenance(data)),
@@ -59,22 +69,29 @@ def page(
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="color-scheme" content="light dark">
 <title>{e(data.name)} – pruning sweep</title>
-<style>{CSS}</style>
+<style>{(ASSETS / "page.css").read_text()}</style>
 </head>
 <body>
 <header>
+<div class="top"><div>
 <h1>{e(data.name)}</h1>
 <p class="soft">{e(data.description or "A pruning sweep")} · sweep <code>{e(data.hash)}</code></p>
+</div><button type="button" class="button" id="theme">theme: auto</button></div>
 {_facts(data)}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>
+<noscript><p class="bad">The charts and pictures of this page are drawn by its own JavaScript, which
+is switched off; the tables below hold the same numbers.</p></noscript>
 {body}</main>
-<footer>Made by prunefield. Sizes are in MB of 2<sup>20</sup> bytes; MSE and PSNR are means over
-full held-out views, PSNR in dB.</footer>
+<p class="sr" id="said" aria-live="polite"></p>
+<footer>Made by prunefield. kB and MB are 10<sup>3</sup> and 10<sup>6</sup> bytes (in the published
+table MB is 2<sup>20</sup>); MSE and PSNR are means over full held-out views, PSNR in dB.</footer>
+<script type="application/json" id="data">{payload(data, album)}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -101,18 +118,20 @@ def _facts(data: ReportData) -> str:
     for record in data.dense[:2]:
         if record.failure is None:
             psnr = fixed(number(record, "psnr"), 2)
-            facts.append(("Dense model", f"{psnr} dB", megabytes(number(record, "size_bytes"))))
+            facts.append(("Dense model", f"{psnr} dB", _bytes(record)))
     for loss in LOSSES:
         best = smallest_within(data, loss)
         facts.append(
             (
                 f"Smallest within {loss:g} dB of dense",
-                megabytes(number(best, "size_bytes")) if best else "none",
+                _bytes(best) if best else "none",
                 _summary(best) if best else "no trial comes this close",
             )
         )
     if data.hypervolume is not None and data.corner is not None:
-        corner = f"bytes·dB, from {megabytes(data.corner.size_bytes)} and {data.corner.psnr:g} dB"
+        corner = (
+            f"bytes·dB, from {show_bytes(int(data.corner.size_bytes))}, {data.corner.psnr:g} dB"
+        )
         facts.append(("Hypervolume", f"{data.hypervolume:.4g}", corner))
     items = "".join(
         f"<div><dt>{e(name)}</dt><dd>{e(value)}<small>{e(more)}</small></dd></div>"
@@ -121,38 +140,68 @@ def _facts(data: ReportData) -> str:
     return f'<dl class="facts">{items}</dl>'
 
 
-def _fronts(
-    data: ReportData, plots: Mapping[str, Mapping[str, bytes]], words: Mapping[str, str]
-) -> str:
-    rows = [_trial_row(data, data.by_key[point.key]) for point in data.front()]
-    table = _table(
-        "The Pareto front of size and PSNR, smallest model first",
-        TRIAL_HEAD,
-        rows
-        or [f'<tr><td class="left" colspan="{len(TRIAL_HEAD)}">No trial has a result.</td></tr>'],
+def _explorer(data: ReportData) -> str:
+    words = " ".join((*(describe_front(data, q) for q in QUALITIES), describe_ratios(data, "psnr")))
+    return f"""
+<p class="sr">{e(words)}</p>
+<p>Each mark is a trial, the line the Pareto front of what is shown: no trial beats it in both size
+and quality. Stars are baselines. Click a mark, or use the arrow keys, to look at that model.</p>
+<div class="row"><div class="segments" id="planes" role="group" aria-label="quality"></div>
+<div class="row" id="switches"></div></div>
+<details id="filter-box"><summary>Filters</summary><div class="filters" id="filters"></div>
+</details>
+<p class="row soft"><span id="count"></span>
+<button type="button" class="button" id="reset" hidden>show all</button></p>
+<div class="explorer">
+<div class="card"><div class="chart" id="front" tabindex="0" role="application"
+aria-label="Size against quality. Arrow keys move from model to model."></div>
+<ul class="legend" id="legend"></ul></div>
+<aside class="card chosen" id="chosen" aria-label="The chosen model"></aside>
+</div>"""
+
+
+def _gallery(album: Album) -> str:
+    dropped = (
+        f"<p class='soft'>Pictures of {album.dropped} trials off the front did not fit in.</p>"
+        if album.dropped
+        else ""
     )
     return (
-        "<p>Each mark is a trial; the line joins those that no other trial beats in both size and "
-        "quality. Towards the upper left (PSNR) or the lower left (MSE) is better.</p>"
-        f'<div class="pair">{_figure("front_psnr", plots, words)}'
-        f"{_figure('front_mse', plots, words)}</div>{table}"
+        "<p>The models of the front, largest first, as far as the filters above let them pass.</p>"
+        f'<div class="gallery" id="gallery"></div>{dropped}'
     )
 
 
-def _ratios(plots: Mapping[str, Mapping[str, bytes]], words: Mapping[str, str]) -> str:
-    return (
-        "<p>The report's Figure 3. Lines join the means of uniform schedules.</p>"
-        f'<div class="pair">{_figure("ratio_mse", plots, words)}'
-        f"{_figure('ratio_psnr', plots, words)}</div>"
-    )
+def _detail() -> str:
+    return """
+<p>The pixels of each held-out photo in five equal parts, from its flattest fifth to its most
+detailed (by the gradient of the luminance), and the PSNR of each: what pruning takes away
+first.</p>
+<div class="segments" id="losses" role="group" aria-label="scale"></div>
+<div class="card chart" id="detail"></div>"""
 
 
-def _figure(name: str, plots: Mapping[str, Mapping[str, bytes]], words: Mapping[str, str]) -> str:
-    return (
-        '<figure class="plot"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{png_uri(plots[name]["dark"])}">'
-        f'<img src="{png_uri(plots[name]["light"])}" alt="{e(words[name])}"></picture></figure>'
+def _effects(data: ReportData) -> str:
+    if not data.done:
+        return '<p class="none">No trial has a result.</p>'
+    progress = (
+        '<div class="card"><h3>Hypervolume over trials</h3>'
+        '<div class="chart" id="history"></div></div>'
+        if data.corner is not None
+        else ""
     )
+    return f"""
+<div class="charts">
+<div class="card"><h3>What PSNR depends on</h3><p class="soft">Share of the variance over the trials
+that a parameter explains alone (ε²).</p><div class="bars" id="importance-psnr"></div></div>
+<div class="card"><h3>What the loss at equal size depends on</h3><p class="soft">The same for
+how far a trial lies below the front at its size.</p><div class="bars" id="importance-gap"></div>
+</div>
+{progress}</div>
+<p class="soft">Parameters that vary together in the sweep's grids share their credit.</p>
+<div class="card" id="parallel"><h3>Parallel coordinates</h3><p class="soft">One line a trial,
+brighter for a higher PSNR; the filters above grey lines out, a click chooses one.</p>
+<div class="wide chart" tabindex="0" role="region" aria-label="parallel coordinates"></div></div>"""
 
 
 def _published(data: ReportData) -> str:
@@ -220,39 +269,32 @@ def _compared(data: ReportData) -> tuple[Series, ...]:
     return (own or data.series)[:3]
 
 
-def _renders(data: ReportData, grids: Sequence[Grid], pictures: Mapping[Path, Inlined]) -> str:
+def _renders(data: ReportData, grids: Sequence[Grid], album: Album) -> str:
     if not grids:
         return '<p class="none">The storage folder holds no renders of this sweep.</p>'
-    parts = []
-    for i, grid in enumerate(grids):
-        parts.append(_grid(data, grid, pictures, errors=False, unfolded=i == 0))
+    parts = [_grid(data, grids[0], album, errors=False)]
     if any(cell.error for row in grids[0].rows for cell in row.cells):
-        parts.append(_grid(data, grids[0], pictures, errors=True, unfolded=False))
+        parts.append(_grid(data, grids[0], album, errors=True))
     return "".join(parts)
 
 
-def _grid(
-    data: ReportData,
-    grid: Grid,
-    pictures: Mapping[Path, Inlined],
-    *,
-    errors: bool,
-    unfolded: bool,
-) -> str:
+def _grid(data: ReportData, grid: Grid, album: Album, *, errors: bool) -> str:
     what = "Error maps" if errors else "Renders"
     title = f"{what} of held-out view {grid.view}"
     head = '<th scope="col">Ground truth</th><th scope="col">Dense</th>'
     head = f'<th scope="col">Pruned</th>{head}' + "".join(
         f'<th scope="col">{e(percent(ratio))}</th>' for ratio in data.chosen_ratios
     )
-    truth = _picture(grid.truth, pictures, f"Photo of held-out view {grid.view}", "photo")
-    dense = _render(grid.dense, pictures, f"the dense model, view {grid.view}", errors)
+    place = f"{grid.training}/{grid.view}/2"
+    has = str(grid.view) in album.truth.get(grid.training, {})
+    truth = _picture(place if has else None, f"Photo of held-out view {grid.view}", "photo")
+    dense = _render(grid.dense, grid.view, album, f"the dense model, view {grid.view}", errors)
     rows = []
     for row in grid.rows:
         cells = f'<th scope="row">{e(row.label)}</th><td>{truth}</td><td>{dense}</td>'
         for ratio, cell in zip(data.chosen_ratios, row.cells, strict=True):
             name = f"{row.label}, {percent(ratio)} removed, view {grid.view}"
-            cells += f"<td>{_render(cell, pictures, name, errors)}</td>"
+            cells += f"<td>{_render(cell, grid.view, album, name, errors)}</td>"
         rows.append(f"<tr>{cells}</tr>")
     if not rows:
         cells = f'<th scope="row">{ABSENT}</th><td>{truth}</td><td>{dense}</td>'
@@ -263,38 +305,35 @@ def _grid(
         f"model file</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-    return (
-        f"<h3>{e(title)}</h3>{table}"
-        if unfolded
-        else f"<details><summary>{e(title)}</summary>{table}</details>"
-    )
+    return f"<details><summary>{e(title)}</summary>{table}</details>"
 
 
-def _render(cell: Cell, pictures: Mapping[Path, Inlined], name: str, errors: bool) -> str:
+def _render(cell: Cell, view: int, album: Album, name: str, errors: bool) -> str:
     if cell.record is None:
         return '<div class="none">not in this sweep</div>'
     if cell.record.failure is not None:
         return f'<div class="none bad">failed in {e(cell.record.failure.stage)}</div>'
-    size = megabytes(number(cell.record, "size_bytes"))
-    caption = f"{fixed(cell.psnr, 2)} dB · {size}"
-    path = cell.error if errors else cell.render
-    return _picture(path, pictures, f"{'Error map' if errors else 'Render'} of {name}", caption)
+    caption = f"{fixed(cell.psnr, 2)} dB · {_bytes(cell.record)}"
+    place = f"{cell.record.key}/{view}/{int(errors)}"
+    kept = album.has(cell.record.key, view, errors)
+    alt = f"{'Error map' if errors else 'Render'} of {name}"
+    return _picture(place if kept else None, alt, caption)
 
 
-def _picture(path: Path | None, pictures: Mapping[Path, Inlined], alt: str, caption: str) -> str:
-    picture = pictures.get(path) if path else None
-    if picture is None:
+def _picture(place: str | None, alt: str, caption: str) -> str:
+    """A picture that the script takes from the block of data: key / view / which."""
+    if place is None:
         return f'<div class="none">no picture kept<br>{e(caption)}</div>'
     return (
-        f'<figure><img src="{picture.uri}" width="{picture.width}" height="{picture.height}" '
-        f'alt="{e(alt)}" decoding="async"><figcaption>{e(caption)}</figcaption></figure>'
+        f'<figure><img data-picture="{e(place)}" alt="{e(alt)}" decoding="async">'
+        f"<figcaption>{e(caption)}</figcaption></figure>"
     )
 
 
 TRIAL_HEAD = (
     "criterion",
     "networks",
-    "ratio",
+    "ratio or size",
     "schedule",
     "calibration",
     "model file",
@@ -308,7 +347,9 @@ TRIAL_HEAD = (
 def _trials(data: ReportData) -> str:
     ordered = sorted(data.done, key=lambda r: (number(r, "size_bytes") or 0.0, r.key))
     rows = [_trial_row(data, record) for record in ordered]
-    table = _table("All trials with a result by size; ● marks the front", TRIAL_HEAD, rows)
+    table = _table(
+        "All trials with a result by size; ● marks the front", TRIAL_HEAD, rows, "trials-table"
+    )
     return f"<details><summary>{len(rows)} trials</summary>{table}</details>"
 
 
@@ -321,13 +362,13 @@ def _trial_row(data: ReportData, record: Record) -> str:
         calibration += f", seed {config['seed']}"
     mark = '<span class="mark" aria-label="on the front">●</span> ' if front else ""
     return (
-        f'<tr{" class=front" if front else ""}><th scope="row">{mark}'
+        f'<tr data-id="{e(record.key)}"{" class=front" if front else ""}><th scope="row">{mark}'
         f"{e(method_of(config) or ABSENT)}</th>"
         f'<td class="left">{e(config.get("networks", ABSENT))}</td>'
-        f"<td>{e(percent(config.get('ratio')))}</td>"
+        f"<td>{e(amount_of(record))}</td>"
         f'<td class="left">{e(config.get("schedule", ABSENT))}</td>'
         f'<td class="left">{e(calibration)}</td>'
-        f"<td>{e(megabytes(number(record, 'size_bytes')))}</td>"
+        f'<td data-v="{e(number(record, "size_bytes") or 0)}">{e(_bytes(record))}</td>'
         f"<td>{fixed(number(record, 'mse'), 5)}</td><td>{fixed(number(record, 'psnr'), 2)}</td>"
         f"<td>{fixed(number(record, 'ssim'), 3)}</td><td><code>{e(record.key)}</code></td></tr>"
     )
@@ -376,14 +417,20 @@ def _provenance(data: ReportData) -> str:
 # --- small things --------------------------------------------------------------------------
 
 
-def _table(caption: str, head: Sequence[str], rows: Iterable[str]) -> str:
+def _bytes(record: Record) -> str:
+    size = number(record, "size_bytes")
+    return ABSENT if size is None else show_bytes(int(size))
+
+
+def _table(caption: str, head: Sequence[str], rows: Iterable[str], name: str | None = None) -> str:
     text = {"criterion", "networks", "schedule", "calibration", "id", "kind"}
     text |= {"configuration", "stage", "reason", "what", "value"}
     columns = "".join(
         f'<th scope="col"{" class=left" if name in text else ""}>{e(name)}</th>' for name in head
     )
     return (
-        f"{_scroll(caption)}<table><caption><span>{e(caption)}</span></caption>"
+        f"{_scroll(caption)}<table{f' id={name}' if name else ''}>"
+        f"<caption><span>{e(caption)}</span></caption>"
         f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

@@ -2,9 +2,8 @@
 
 import base64
 import io
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import PIL.Image
@@ -13,10 +12,10 @@ from orchestrator.report.data import ReportData, Series, is_uniform, representat
 from orchestrator.results import Record
 
 MAX_VIEWS = 3
-BUDGET = 6_500_000
-"""Bytes that all renders of a page may take as base64; the plots and tables add less than 1 MB."""
-STEPS = ((400, 84), (320, 80), (240, 78), (180, 75), (120, 70))
-"""Widths in pixels and JPEG qualities to try, best first."""
+BUDGET = 7_000_000
+"""Bytes that all pictures of a page may take as base64; the rest of it is far below 3 MB."""
+SAFETY = 0.9
+SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,6 @@ class Grid:
     truth: Path | None
     dense: Cell
     rows: tuple[Row, ...]
-
-    def paths(self, errors: bool) -> Iterable[Path]:
-        """All pictures as often as the page shows them: renders, and error maps if asked for.
-
-        Photo and dense render stand at the head of every row.
-        """
-        heads = max(1, len(self.rows))
-        cells = [self.dense] * heads + [cell for row in self.rows for cell in row.cells]
-        shown = [self.truth] * heads + [cell.render for cell in cells]
-        if errors:
-            shown += [self.truth] * heads + [cell.error for cell in cells]
-        yield from (path for path in shown if path)
 
 
 def grids(data: ReportData) -> tuple[Grid, ...]:
@@ -139,35 +126,130 @@ def _views(folder: Path) -> Iterable[int]:
 
 
 @dataclass(frozen=True)
-class Inlined:
-    """A picture inside the page: its data URI and its size in pixels."""
+class Step:
+    """How large pictures are: widths in pixels and WebP qualities of two tiers, and how many views.
 
-    uri: str
-    width: int
-    height: int
+    Attributes:
+        main: of the front, the baselines and the photos.
+        rest: of the other trials; None for none of them.
+        views: of the main tier; the rest has the first.
+    """
 
-
-def inline(paths: Iterable[Path], budget: int = BUDGET) -> dict[Path, Inlined]:
-    """Pictures as JPEG data URIs, as large as fits the budget; damaged ones are left out."""
-    wanted = Counter(paths)
-    found: dict[Path, Inlined] = {}
-    for width, quality in STEPS:
-        found, spent = {}, 0
-        for path, times in wanted.items():
-            picture = _jpeg(path, width, quality)
-            if picture is not None:
-                found[path] = picture
-                spent += times * len(picture.uri)
-            if spent > budget:
-                break
-        else:
-            return found
-    return found
+    main: tuple[int, int]
+    rest: tuple[int, int] | None
+    views: int = MAX_VIEWS
 
 
-def png_uri(data: bytes) -> str:
-    """PNG bytes as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+STEPS = (
+    Step((640, 82), (480, 78)),
+    Step((560, 80), (400, 75)),
+    Step((504, 78), (320, 72)),
+    Step((400, 76), (240, 68), 2),
+    Step((400, 74), (240, 66), 1),
+    Step((320, 72), (180, 62), 1),
+    Step((240, 66), (128, 55), 1),
+    Step((240, 60), None, 1),
+    Step((160, 55), None, 1),
+    Step((96, 45), None, 1),
+)
+"""From the best down: the first that fits the budget is taken."""
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures inside the page, each once, as data URIs.
+
+    Attributes:
+        views: held-out views that have pictures, as text, in order.
+        renders: by key of trial or training, by view: the render and the error map, or None.
+        truth: by training, by view: the photo.
+        size: width and height of the photos in pixels, before any shrinking.
+        dropped: trials whose pictures did not fit.
+    """
+
+    views: tuple[str, ...] = ()
+    renders: Mapping[str, Mapping[str, tuple[str | None, str | None]]] = field(default_factory=dict)
+    truth: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    dropped: int = 0
+
+    def has(self, key: str, view: int, error: bool) -> bool:
+        """Whether the page holds a render, or an error map."""
+        return self.renders.get(key, {}).get(str(view), (None, None))[error] is not None
+
+
+def album(data: ReportData, budget: int = BUDGET) -> Album:
+    """Every kept picture of the sweep, as large as fits the budget; damaged ones are left out.
+
+    The front, the dense models, controls and photos are shown larger, and in up to `MAX_VIEWS`
+    views; the other trials in the first view.
+    """
+    main = {r.key for r in data.dense} | set(data.front_keys)
+    main |= {r.key for r in data.by_key.values() if r.kind not in ("trial", "training")}
+    records = [r for r in data.by_key.values() if r.failure is None]
+    truths: dict[tuple[str, int], Path] = {}
+    wanted: dict[tuple[str, int, bool], Path] = {}
+    for record in records:
+        folder = data.store.folder(record.kind, record.key) / "renders"
+        if record.kind == "training":
+            truths |= {(record.training, v): p for v, p in _numbered(folder, "truth")}
+        for error, name in ((False, "view"), (True, "error")):
+            wanted |= {(record.key, v, error): p for v, p in _numbered(folder, name)}
+    views = sorted({view for _, view, _ in wanted} | {view for _, view in truths})[:MAX_VIEWS]
+    pages = [
+        [p for (_, v), p in truths.items() if v == view]
+        + [p for (key, v, _), p in wanted.items() if key in main and v == view]
+        for view in views
+    ]
+    small = [p for (k, v, _), p in wanted.items() if k not in main and v in views[:1]]
+    step = _step(pages, small, budget)
+    uris = {path: _webp(path, *step.main) for page in pages[: step.views] for path in page}
+    if step.rest is not None:
+        uris |= {path: _webp(path, *step.rest) for path in small}
+
+    renders: dict[str, dict[str, tuple[str | None, str | None]]] = {}
+    for key, view, _ in wanted:
+        pair = (uris.get(wanted.get((key, view, False))), uris.get(wanted.get((key, view, True))))  # type: ignore[arg-type]
+        if any(pair):
+            renders.setdefault(key, {})[str(view)] = pair
+    truth: dict[str, dict[str, str]] = {}
+    for (training, view), path in truths.items():
+        if uri := uris.get(path):
+            truth.setdefault(training, {})[str(view)] = uri
+    first = next((picture for path in truths.values() if (picture := read(path))), None)
+    return Album(
+        views=tuple(map(str, views[: step.views])),
+        renders=renders,
+        truth=truth,
+        size=None if first is None else first.size,
+        dropped=0 if step.rest else len(small) // 2,
+    )
+
+
+def _numbered(folder: Path, name: str) -> Iterable[tuple[int, Path]]:
+    for path in sorted(folder.glob(f"{name}_*.png")):
+        number = path.stem.removeprefix(f"{name}_")
+        if number.isdecimal():
+            yield int(number), path
+
+
+def _step(pages: Sequence[Sequence[Path]], small: Sequence[Path], budget: int) -> Step:
+    """The first step whose pictures, judged by a sample of them, fit the budget."""
+    for step in STEPS:
+        spent = sum(_estimate(page, *step.main) for page in pages[: step.views])
+        if step.rest is not None:
+            spent += _estimate(small, *step.rest)
+        if spent <= budget * SAFETY:
+            return step
+    return STEPS[-1]
+
+
+def _estimate(paths: Sequence[Path], width: int, quality: int) -> float:
+    if not paths:
+        return 0.0
+    count = min(SAMPLE, len(paths))
+    picks = [paths[i * len(paths) // count] for i in range(count)]
+    return len(paths) / count * sum(len(_webp(path, width, quality) or "") for path in picks)
 
 
 def read(path: Path) -> PIL.Image.Image | None:
@@ -179,7 +261,7 @@ def read(path: Path) -> PIL.Image.Image | None:
         return None
 
 
-def _jpeg(path: Path, width: int, quality: int) -> Inlined | None:
+def _webp(path: Path, width: int, quality: int) -> str | None:
     picture = read(path)
     if picture is None:
         return None
@@ -187,6 +269,5 @@ def _jpeg(path: Path, width: int, quality: int) -> Inlined | None:
         height = max(1, round(picture.height * width / picture.width))
         picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality, optimize=True)
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Inlined(uri, picture.width, picture.height)
+    picture.save(buffer, "WEBP", quality=quality, method=3)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,7 +1,7 @@
 """The plots, by Matplotlib's object interface: no pyplot, no global figure, no window.
 
 Colour names the criterion, the marker the networks; a hollow marker is a schedule other than
-uniform. Every plot exists for a light and a dark page.
+uniform.
 """
 
 import io
@@ -50,13 +50,6 @@ LIGHT = Theme(
     "#d5d9de",
     ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
 )
-DARK = Theme(
-    "#171a1e",
-    "#e6e8eb",
-    "#3a4048",
-    ("#56b4e9", "#ff8c42", "#2ecc9a", "#e29ac3", "#f0c04a", "#8fb8ff"),
-)
-THEMES = {"light": LIGHT, "dark": DARK}
 
 
 def front_plot(data: ReportData, quality: Quality, theme: Theme) -> bytes:

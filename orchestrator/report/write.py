@@ -11,7 +11,7 @@ from orchestrator.errors import StoreError, SweepError
 from orchestrator.report import plots
 from orchestrator.report.data import ReportData
 from orchestrator.report.page import page
-from orchestrator.report.pictures import Grid, grids, inline, read
+from orchestrator.report.pictures import Grid, album, grids, read
 from orchestrator.report.tables import percent, results_csv, results_json
 
 
@@ -69,26 +69,15 @@ def write_report(data: ReportData, out: Path) -> ReportFiles:
 
 def _contents(data: ReportData) -> dict[str, bytes]:
     drawn = {
-        name: {
-            "front_psnr": plots.front_plot(data, "psnr", theme),
-            "front_mse": plots.front_plot(data, "mse", theme),
-            "ratio_mse": plots.ratio_plot(data, "mse", theme),
-            "ratio_psnr": plots.ratio_plot(data, "psnr", theme),
-        }
-        for name, theme in plots.THEMES.items()
-    }
-    figures = {name: {theme: drawn[theme][name] for theme in drawn} for name in drawn["light"]}
-    words = {
-        "front_psnr": plots.describe_front(data, "psnr"),
-        "front_mse": plots.describe_front(data, "mse"),
-        "ratio_mse": plots.describe_ratios(data, "mse"),
-        "ratio_psnr": plots.describe_ratios(data, "psnr"),
+        "front_psnr": plots.front_plot(data, "psnr", plots.LIGHT),
+        "front_mse": plots.front_plot(data, "mse", plots.LIGHT),
+        "ratio_mse": plots.ratio_plot(data, "mse", plots.LIGHT),
+        "ratio_psnr": plots.ratio_plot(data, "psnr", plots.LIGHT),
     }
     views = grids(data)
-    shown = [p for i, grid in enumerate(views) for p in grid.paths(errors=i == 0)]
-    text = page(data, figures, words, views, inline(shown))
+    text = page(data, views, album(data))
     contents = {"report.html": text.encode()}
-    contents |= {f"{name}.png": png for name, png in drawn["light"].items()}
+    contents |= {f"{name}.png": png for name, png in drawn.items()}
     if views and (sheet := _sheet(data, views[0])):
         contents["renders.png"] = sheet
     contents["results.csv"] = results_csv(data).encode()

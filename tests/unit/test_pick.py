@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import SweepError
-from orchestrator.pareto import Point, front
-from orchestrator.pick import knee, pick
+from orchestrator.pareto import Point, front, knee
+from orchestrator.pick import pick
 from orchestrator.report import ReportData
 from orchestrator.results import Failure, Record
 from orchestrator.store import Store

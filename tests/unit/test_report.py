@@ -1,6 +1,8 @@
 """The report: self-contained, honest about what is absent, and safe with whatever it is given."""
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import re
@@ -15,7 +17,7 @@ from orchestrator.errors import StoreError, SweepError
 from orchestrator.pareto import Reference
 from orchestrator.report import ReportData, front_json, table, write_report
 from orchestrator.report.data import smallest_within
-from orchestrator.report.pictures import grids, inline
+from orchestrator.report.pictures import album, grids
 from orchestrator.report.published import TABLE_1
 from orchestrator.results import Failure, Record
 from orchestrator.store import Store
@@ -67,7 +69,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -96,15 +98,25 @@ def test_the_report_writes_its_files_and_nothing_else(data: ReportData, tmp_path
             assert min(image.size) > 100
 
 
-def test_the_page_loads_nothing_and_runs_nothing(data: ReportData, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(
+    data: ReportData, tmp_path: Path
+) -> None:
     page, text = written(data, tmp_path)
     names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object"}
+    assert not names & {"link", "iframe", "object"}
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert [script.get("type") for script in scripts] == ["application/json", None]
     for _, attributes in page.tags:
         for name in ("src", "srcset", "href"):
             value = attributes.get(name)
-            assert value is None or value.startswith(("data:image/", "#"))
+            assert value is None or value.startswith("#")
     assert not re.search(r"url\(|@import", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg|example\.org/x)", text)
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv"))
+    body = text.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in str(policy)
+    assert str(policy).startswith("default-src 'none'")
     assert EVIL in page.text.replace(" ,", ",")  # shown as text
 
 
@@ -117,7 +129,7 @@ def test_every_picture_has_words_and_every_table_heads(data: ReportData, tmp_pat
     assert sum(tag == "caption" for tag, _ in page.tags) == tables
     heads = [attributes for tag, attributes in page.tags if tag == "th"]
     assert all(attributes.get("scope") for attributes in heads)
-    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    ids = {attributes["id"] for tag, attributes in page.tags if tag == "h2"}
     anchors = {a["href"] for tag, a in page.tags if tag == "a"}
     assert anchors == {f"#{name}" for name in ids}
 
@@ -220,19 +232,28 @@ def test_grids_hold_truth_dense_and_a_cell_for_every_ratio(data: ReportData) -> 
     assert cell.psnr == cell.record.views[0].psnr
 
 
-def test_pictures_shrink_until_they_fit(data: ReportData, tmp_path: Path) -> None:
-    path = tmp_path / "large.png"
-    Image.effect_noise((600, 400), 90).save(path)
-    large = inline([path])[path]
-    small = inline([path], budget=len(large.uri) // 4)[path]
-    assert (large.width, large.height) == (400, 267)
-    assert len(small.uri) <= len(large.uri) // 4
+def test_pictures_shrink_until_they_fit(data: ReportData) -> None:
+    def spent(budget: int) -> int:
+        made = album(data, budget)
+        uris = [u for views in made.renders.values() for pair in views.values() for u in pair if u]
+        return sum(map(len, [*uris, *(u for views in made.truth.values() for u in views.values())]))
+
+    whole = album(data)
+    assert whole.views == ("0", "8")
+    assert whole.size == (48, 36)
+    assert set(whole.renders) == {r.key for r in (*data.dense, *data.done)}
+    off_front = next(t.key for t in data.done if t.key not in data.front_keys)
+    assert set(whole.renders[off_front]) == {"0"}  # those off the front: the first view
+    assert whole.dropped == 0
+    assert spent(10**4) < spent(10**7)
+    assert album(data, 10**3).dropped > 0
 
 
 def test_a_damaged_or_missing_render_is_shown_as_absent(data: ReportData, tmp_path: Path) -> None:
     folder = data.store.folder("trial", data.trials[0].key) / "renders"
     (folder / "view_0.png").write_bytes(b"no picture")
-    (folder / "view_8.png").unlink()
+    other = data.store.folder("trial", data.trials[1].key) / "renders"
+    (other / "view_0.png").unlink()
     page, _ = written(data, tmp_path / "out")
     assert page.text.count("no picture kept") == 2
 

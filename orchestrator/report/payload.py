@@ -1,0 +1,181 @@
+"""What the page's own JavaScript works on: every model of a sweep as one block of JSON."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator import pareto
+from orchestrator.report import effects
+from orchestrator.report.data import ReportData, number
+from orchestrator.report.effects import FACETS, Facet
+from orchestrator.report.pictures import Album
+from orchestrator.results import Record, method_of
+
+SHOWN_METRICS = ("size_bytes", "psnr", "mse", "ssim", "render_seconds", "flops_per_ray", "params")
+ASSETS = Path(__file__).parent / "assets"
+MAX_PARALLEL = 6
+DIGITS = 6
+
+
+def payload(data: ReportData, album: Album) -> str:
+    """The block of JSON, safe to stand inside a script element."""
+    facets = effects.varying(data.done)
+    models = _models(data)
+    content = {
+        "sweep": {"name": data.name, "hash": data.hash},
+        "filters": [_facet(data, facet) for facet in facets],
+        "parallel": [_facet(data, f) for f in _parallel(data, facets)],
+        "models": models,
+        "first": _first(data, models),
+        "history": [_rounded(v) for v in _in_kilobytes(effects.history(data))],
+        "history_unit": "kB·dB",
+        "importance": {
+            "psnr": _shares(effects.importance(data.done, lambda r: number(r, "psnr"))),
+            "gap": _shares(effects.importance(data.done, effects.below_front(data))),
+        },
+        "published": _published(data, album),
+        "views": album.views,
+        "pictures": album.renders,
+        "truth": album.truth,
+    }
+    text = json.dumps(_finite(content), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _models(data: ReportData) -> list[dict[str, Any]]:
+    groups = Counter(effects.seedless_group(trial) for trial in data.done)
+    dense = [r for r in data.dense if r.failure is None]
+    found = []
+    for record in (*dense, *data.baselines, *data.done):
+        group = effects.seedless_group(record)
+        found.append(
+            {
+                "id": record.key,
+                "kind": record.kind,
+                "training": record.training,
+                "name": _name(record),
+                "role": _role(record),
+                "front": record.key in data.front_keys,
+                "group": group,
+                "seeds": groups[group] if record.kind == "trial" else 1,
+                "f": {f.key: f.value(record) for f in FACETS} | {"method": _method(record)},
+                "config": {k: v for k, v in record.config.items() if v is not None},
+                "m": {n: _rounded(v) for n in SHOWN_METRICS if (v := number(record, n))},
+                "views": [{"view": v.view, "psnr": v.psnr, "ssim": v.ssim} for v in record.views],
+                "detail": _detail(record),
+                "widths": {name: list(widths) for name, widths in record.widths.items()},
+                "command": _command(data, record),
+            }
+        )
+    return found
+
+
+def _role(record: Record) -> str:
+    """What a baseline is called on the plots; empty for everything else."""
+    config = record.config
+    if record.kind == "training":
+        return "dense"
+    if "control" in config:
+        name = {"narrow": "narrow, from scratch", "dense_longer": "dense, trained longer"}
+        return name.get(str(config["control"]), str(config["control"]))
+    unpruned = config.get("ratio") == 0 and not config.get("recover_iterations")
+    if not unpruned or "size" in config:
+        return ""
+    parts = ["one network"] if config.get("networks") == "shared" else []
+    if config.get("bits", "fp32") != "fp32":
+        parts.append(str(config["bits"]))
+    return ", ".join(parts)
+
+
+def _name(record: Record) -> str:
+    if record.kind != "trial":
+        return _role(record)
+    parts = [_method(record), str(record.config.get("networks", "")), effects.amount_of(record)]
+    bits, allocation = record.config.get("bits", "fp32"), effects.allocation_of(record)
+    parts += [str(bits)] * (bits != "fp32") + [allocation] * (allocation != "uniform")
+    return ", ".join(part for part in parts if part)
+
+
+def _method(record: Record) -> str:
+    """The method without its bits, which have a filter of their own."""
+    if record.kind != "trial":
+        return _role(record)
+    return method_of({**record.config, "bits": "fp32"}) or "?"
+
+
+def _detail(record: Record) -> list[float] | None:
+    """Mean PSNR over the views by detail; None where it was not measured."""
+    parts = [view.detail for view in record.views if view.detail]
+    if not parts or len({len(part) for part in parts}) > 1:
+        return None
+    return [_rounded(math.fsum(column) / len(column)) for column in zip(*parts, strict=True)]
+
+
+def _command(data: ReportData, record: Record) -> str | None:
+    if record.kind != "trial":
+        return None
+    model = data.store.folder("trial", record.key) / "model.safetensors"
+    view = min((score.view for score in record.views), default=0)
+    return f"prunefield render {model} --scene SCENE --view {view} -o view_{view}.png"
+
+
+def _first(data: ReportData, models: list[dict[str, Any]]) -> str | None:
+    """The model to show first: the knee of the front."""
+    front = data.front()
+    if front:
+        return pareto.knee(front).key
+    return models[0]["id"] if models else None
+
+
+def _facet(data: ReportData, facet: Facet) -> dict[str, Any]:
+    values = {facet.value(trial) for trial in data.done}
+    return {"key": facet.key, "label": facet.label, "values": sorted(values, key=_natural)}
+
+
+def _parallel(data: ReportData, facets: tuple[Facet, ...]) -> tuple[Facet, ...]:
+    """The parameters that explain most, in their usual order."""
+    shares = dict(effects.importance(data.done, lambda r: number(r, "psnr")))
+    best = sorted(facets, key=lambda f: -shares.get(f.label, 0.0))[:MAX_PARALLEL]
+    return tuple(facet for facet in facets if facet in best)
+
+
+def _published(data: ReportData, album: Album) -> list[dict[str, Any]]:
+    """Published models of the same scene at the same resolution."""
+    entries = json.loads((ASSETS / "published.json").read_text())
+    return [
+        entry
+        for entry in entries
+        if entry["scene"] == data.scene and (entry["width"], entry["height"]) == album.size
+    ]
+
+
+def _natural(text: str) -> tuple[Any, ...]:
+    """Orders 2 before 10."""
+    digits = "".join(c if c.isdigit() else " " for c in text).split()
+    return (*(int(part) for part in digits[:2]), text) if digits else (-1, text)
+
+
+def _shares(shares: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"name": name, "share": round(share, 4)} for name, share in shares]
+
+
+def _in_kilobytes(values: list[float]) -> list[float]:
+    return [v / 1000 for v in values]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
