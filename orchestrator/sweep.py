@@ -1,6 +1,6 @@
 """The story of a sweep: read this first."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from orchestrator.results import Record
 from orchestrator.scheduler import Outcome, execute
 from orchestrator.search.summary import searched
 from orchestrator.spec import Sweep, load
+from orchestrator.stages import Workbench
 from orchestrator.store import Held, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
 from orchestrator.tracking.listener import TrackingListener
@@ -40,8 +41,15 @@ class Finished:
     outcome: Outcome
 
 
-def run(path: Path | str, progress: Progress | None = None) -> Finished:
+def run(
+    path: Path | str, progress: Progress | None = None, bench: Callable[..., Workbench] = Workbench
+) -> Finished:
     """Run a sweep file: train once, prune many, compare. Running it again runs what is missing.
+
+    Args:
+        path: the sweep file.
+        progress: what a person sees meanwhile.
+        bench: makes the bench of each worker.
 
     Raises:
         SpecError, SceneError, ClusterError, TrackingError, StoreError: before anything ran.
@@ -65,7 +73,7 @@ def run(path: Path | str, progress: Progress | None = None) -> Finished:
         show,
     ):
         log_known(plan, store, tracking)
-        outcome = execute(plan, store, origin, [show, TrackingListener(tracking)])
+        outcome = execute(plan, store, origin, [show, TrackingListener(tracking)], bench)
         results = collect(plan, store)
         if not results.trainings and not results.failed:
             raise KeyboardInterrupt

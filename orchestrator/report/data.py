@@ -1,5 +1,6 @@
 """What a report is made of, and the groupings that its plots, tables and pictures share."""
 
+import bisect
 import math
 import statistics
 from collections.abc import Iterable
@@ -137,14 +138,22 @@ class ReportData:
 
     def at(self, series: Series, ratio: float, uniform: bool = True) -> tuple[Record, ...]:
         """Trials of a series at one requested ratio, over seeds, calibrations and trainings."""
-        return tuple(
-            trial
-            for trial in self.trials
-            if series_of(trial) == series
-            and (not uniform or is_uniform(trial))
-            and (have := ratio_of(trial)) is not None
-            and abs(have - ratio) < RATIO_TOLERANCE
-        )
+        ordered = self._by_series.get(series, [])
+        first = bisect.bisect_left(ordered, ratio - RATIO_TOLERANCE, key=_first)
+        last = bisect.bisect_right(ordered, ratio + RATIO_TOLERANCE, key=_first)
+        found = sorted(ordered[first:last], key=lambda entry: entry[1])
+        return tuple(trial for _, _, trial in found if not uniform or is_uniform(trial))
+
+    @cached_property
+    def _by_series(self) -> dict[Series, list[tuple[float, int, Record]]]:
+        """The trials of each series that have a ratio, by ratio, with their place among all."""
+        found: dict[Series, list[tuple[float, int, Record]]] = {}
+        for place, trial in enumerate(self.trials):
+            if (ratio := ratio_of(trial)) is not None:
+                found.setdefault(series_of(trial), []).append((ratio, place, trial))
+        for entries in found.values():
+            entries.sort(key=lambda entry: entry[:2])
+        return found
 
     def dense_of(self, trial: Record) -> Record | None:
         """The dense model that a trial pruned, if it was evaluated."""
@@ -153,6 +162,10 @@ class ReportData:
     @cached_property
     def _dense_by_training(self) -> dict[str, Record]:
         return {record.training: record for record in self.dense if record.failure is None}
+
+
+def _first(entry: tuple[float, int, Record]) -> float:
+    return entry[0]
 
 
 def series_of(trial: Record) -> Series:
