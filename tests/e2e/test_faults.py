@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos.sabotage import Fault, FaultyBench, environment, happened
-from orchestrator.sweep import run
+from orchestrator.plan import make_plan
+from orchestrator.provenance import Origin
+from orchestrator.stages import Stopwatch, Workbench
+from orchestrator.store import Store
+from orchestrator.sweep import open_sweep, run
 from tests.e2e.test_sweep import mlflow_runs, records
 
 pytestmark = [
@@ -40,11 +44,26 @@ def measured(out: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def undisturbed(path: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """What the sweep measures when this process does everything, one after another."""
+    sweep, _ = open_sweep(path)
+    store = Store(folder)
+    plan, watch = make_plan(sweep, store), Stopwatch()
+    bench = Workbench(sweep, store, Origin.here())
+    for training in plan.trainings:
+        list(bench.train(training, watch))
+    for calibration in plan.calibrations:
+        bench.calibrate(calibration, watch)
+    for trial in plan.trials:
+        bench.prune(trial, watch)
+    return measured(folder)
+
+
 def test_only_what_fails_suffers(
     write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = {
-        "train": {"iterations": 3000},
+        "train": {"iterations": 2000},
         "prune": {"criteria": ["activation", "magnitude"], "ratios": RATIOS},
         "resources": {"retries": 1, "checkpoint_seconds": 0.2},
         "limits": {"prune": 4.0},
@@ -59,8 +78,8 @@ def test_only_what_fails_suffers(
         Fault("writing", "prune", "write", "kill", ratio=0.3, criterion="activation"),
         Fault("always", "prune", "evaluate", "kill", times=9, ratio=0.4, criterion="activation"),
         Fault("hanging", "prune", "evaluate", "hang", ratio=0.5, criterion="activation"),
-        Fault("memory", "prune", "prune", "memory", ratio=0.6, criterion="activation"),
-        Fault("disk", "prune", "write", "disk", ratio=0.7, criterion="activation"),
+        Fault("memory", "prune", "prune", "memory", times=9, ratio=0.6, criterion="activation"),
+        Fault("disk", "prune", "write", "disk", times=9, ratio=0.7, criterion="activation"),
     ]
     notes = tmp_path / "notes"
     with monkeypatch.context() as patch:
@@ -68,7 +87,9 @@ def test_only_what_fails_suffers(
             patch.setenv(name, value)
         finished = run(path, bench=FaultyBench)
     counts = Counter(name for name in happened(notes) if not name.endswith(".before"))
-    assert counts == {fault.name: 1 for fault in faults} | {"always": 2}
+    # An error whose lane dies before it could tell of it is met again.
+    assert {name: min(n, 1) for name, n in counts.items()} == {fault.name: 1 for fault in faults}
+    assert counts["always"] == 2
 
     # Only what went wrong for good has failed, each with its stage and reason.
     failed = {
@@ -96,7 +117,7 @@ def test_only_what_fails_suffers(
         seen.setdefault(pid, []).append(int(iteration))
     first, second = seen.values()
     assert second[0] > first[0]
-    assert second[-1] == 3000
+    assert second[-1] == 2000
 
     # MLflow: nothing left running, nothing twice.
     runs = mlflow_runs(out)
@@ -110,9 +131,7 @@ def test_only_what_fails_suffers(
     runs = mlflow_runs(out)
     assert Counter(r.info.status for r in runs) == {"FINISHED": 2 + 2 * len(RATIOS)}
     assert not list((out / "failures").iterdir())
-    undisturbed = run(write_sweep(**plan, storage=str(tmp_path / "undisturbed")))
-    assert undisturbed.results.complete
-    assert measured(out) == measured(tmp_path / "undisturbed")
+    assert measured(out) == undisturbed(path, tmp_path / "undisturbed")
 
 
 def driver(path: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -139,7 +158,7 @@ def test_a_driver_that_is_interrupted_or_killed_goes_on_where_it_was(
 ) -> None:
     path, out = (
         write_sweep(
-            train={"iterations": 4000},
+            train={"iterations": 3000},
             prune={"criteria": ["magnitude"], "ratios": RATIOS},
             resources={"checkpoint_seconds": 0.2},
         ),
