@@ -7,15 +7,15 @@ budget corrected until the file fits.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import add
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 from nerf.checkpoints import load_model, model_size, save_model
 from nerf.field import NerfModel
 from nerf.packing import Packed
 from orchestrator.bridge import field_of, network_of
+from orchestrator.errors import OrchestratorError
+from orchestrator.modelfile import AUTO, AUTO_SCHEMES, Bits, Samples, packed
 from orchestrator.plan import TrialConfig
 from pruning import (
     BUDGETED,
@@ -24,6 +24,8 @@ from pruning import (
     Budget,
     BudgetError,
     CalibrationBatch,
+    Choices,
+    Joint,
     Network,
     OutputWeights,
     Price,
@@ -31,12 +33,12 @@ from pruning import (
     Ranking,
     Sizing,
     Statistics,
-    StatisticsError,
     Widths,
-    collect,
+    choices,
     cost_of,
     curvature_weights,
     cut,
+    jointly,
     price_of,
     prune,
     quantize,
@@ -52,7 +54,10 @@ ATTEMPTS = 6
 FULL = 0.995
 """A file that uses so much of its size is not searched for a better one."""
 
-SPARSE_FLOATS = {"fp32": "sparse32", "fp16": "sparse16"}
+COARSE_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""What `coarse_weight: auto` chooses from."""
+
+USUAL_WEIGHT = 0.1
 
 
 class Weighing(TypedDict, total=False):
@@ -86,10 +91,6 @@ class Reduced(Protocol):
         """The first over the second."""
 
 
-Samples = Callable[[str], Iterable[CalibrationBatch]]
-"""The calibration samples of a network by its name; they can be gone through again and again."""
-
-
 @dataclass(frozen=True)
 class Material:
     """What a pruning may look at beside the dense model.
@@ -97,13 +98,15 @@ class Material:
     Attributes:
         statistics: calibration statistics of the dense networks, by name.
         samples: calibration samples by network.
-        rankings: what `pruning.rank` gave before, by what it depends on: trials that differ in
-            their budget share it.
+        kept: what does not depend on a budget, by what it depends on: trials that differ in their
+            budget share it.
+        validate: PSNR (dB) of a model on the validation rays; None where there are none.
     """
 
     statistics: Mapping[str, Statistics] | None = None
     samples: Samples | None = None
-    rankings: dict[Any, Ranking] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
+    validate: Callable[[NerfModel], float] | None = None
 
     def batches(self, names: Iterable[str]) -> dict[str, Iterable[CalibrationBatch]]:
         """The calibration samples of some networks; empty where there are none."""
@@ -118,11 +121,13 @@ class Compressed:
         model: what the file holds, on the dense model's device.
         pruned: what was done to each pruned network.
         size: of the file, in bytes.
+        notes: what was chosen on the way, for the record.
     """
 
     model: NerfModel
     pruned: Mapping[str, Reduced]
     size: int
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 def compress(
@@ -277,10 +282,9 @@ def ratios_for_size(
     ranking = _ranking(networks, config, material)
     price, everything = price_in_files(with_fields(dense, config.networks, {}), config.bits, info)
     fixed = everything - cost_of(networks, Budget(0, price), whole)
-    weights = {} if config.coarse_weight is None else {"coarse": config.coarse_weight, "fine": 1.0}
     budget = Budget(float(config.size or 0) - fixed, price)
     widths = widths_within(
-        config.schedule, Sizing(networks, budget, ranking.scores, ranking.paths, weights)
+        config.schedule, Sizing(networks, budget, ranking.scores, ranking.paths, _omega(config))
     )
     return {
         f"{name}/{layer}": 1.0 - width / whole[name][layer]
@@ -335,6 +339,26 @@ def mask_model(
 
 # --- a file of a size --------------------------------------------------------------------------
 
+Attempt = tuple[dict[str, Pruned], Bits]
+"""What was pruned for a budget, and how its weights are to be stored."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A pruned model that fits a file, before it is written.
+
+    Attributes:
+        size: of the file in bytes.
+        model: the networks.
+        few: in few bits, if they are.
+        pruned: what was done to each.
+    """
+
+    size: int
+    model: NerfModel
+    few: dict[str, Packed] | None
+    pruned: dict[str, Pruned]
+
 
 def _shrink_to_file(
     path: Path,
@@ -344,36 +368,56 @@ def _shrink_to_file(
     info: Mapping[str, Any],
 ) -> Compressed:
     """Prune a model so far that its file has at most `config.size` bytes, and write it."""
+    if config.coarse_weight != AUTO:
+        fitted, weight = _fit(dense, config, material, info), config.coarse_weight
+    else:
+        fitted, weight = _best_fit(path, dense, config, material, info)
+    save_model(path, fitted.model, info, fitted.few)
+    model = _read_back(path, fitted.model, config.bits)
+    notes = {} if weight is None else {"coarse_weight": float(weight)}
+    return Compressed(model, fitted.pruned, fitted.size, notes)
+
+
+def _best_fit(
+    path: Path,
+    dense: NerfModel,
+    config: TrialConfig,
+    material: Material,
+    info: Mapping[str, Any],
+) -> tuple[Fitted, float]:
+    """The fit whose coarse weight does best on the validation rays, and that weight."""
+    if material.validate is None:
+        raise OrchestratorError(
+            "coarse_weight `auto` is chosen on validation rays, and this model was trained without "
+            "any; set `train.validation` above 0 or give a number"
+        )
+    best: tuple[float, Fitted, float] | None = None
+    for weight in COARSE_WEIGHTS:
+        fitted = _fit(dense, replace(config, coarse_weight=weight), material, info)
+        save_model(path, fitted.model, info, fitted.few)
+        score = material.validate(_read_back(path, fitted.model, config.bits))
+        if best is None or score > best[0]:
+            best = score, fitted, weight
+    if best is None:
+        raise ValueError("there are no coarse weights to choose from")
+    return best[1], best[2]
+
+
+def _fit(
+    dense: NerfModel, config: TrialConfig, material: Material, info: Mapping[str, Any]
+) -> Fitted:
+    """Prune a model until its file fits."""
     if config.size is None:
         raise ValueError("a pruning by ratios has no size to keep to")
     fields = dense.networks()
-    names = scope_of(config.networks)
-    networks = {name: network_of(fields[name], "all") for name in names}
-    widths = {
-        name: {layer: network.width(layer) for layer in network.graph.prunable()}
-        for name, network in networks.items()
-    }
-    ranking = _ranking(networks, config, material)
+    networks = {name: network_of(fields[name], "all") for name in scope_of(config.networks)}
     whole = with_fields(dense, config.networks, {})
-    price, everything = price_in_files(whole, config.bits, info)
-    fixed = everything - cost_of(networks, Budget(0, price), widths)
-    best: tuple[int, NerfModel, dict[str, Packed] | None, dict[str, Pruned]] | None = None
-    size, before, budget = everything, None, float(config.size) - fixed
+    attempt, fixed = _attempts(networks, whole, config, material, info)
+    best: Fitted | None = None
+    size, before, budget = 0, None, config.size - fixed
     for _ in range(ATTEMPTS):
         try:
-            pruned = shrink(
-                networks,
-                material.statistics or {},
-                Budget(budget, price),
-                criterion=config.criterion,
-                allocation=config.schedule,
-                compensation=config.compensation,
-                error_weights={}
-                if config.coarse_weight is None
-                else {"coarse": config.coarse_weight, "fine": 1.0},
-                ranking=ranking,
-                batches=material.batches(names),
-            )
+            pruned, bits = attempt(budget)
         except BudgetError as error:
             if best is not None:
                 break
@@ -382,21 +426,87 @@ def _shrink_to_file(
                 f"of it are not the pruned weights; {error}"
             ) from error
         model = with_fields(dense, config.networks, pruned)
-        few = packed(model, config.bits, material.samples, config.mask is not None)
+        few = packed(model, bits, material.samples)
         size = model_size(model, info, few)
-        if size <= config.size and (best is None or size > best[0]):
-            best = size, model, few, pruned
-        kept = {name: p.achieved for name, p in pruned.items()}
-        nothing_gone = all(not p.removed for p in pruned.values())
-        if best is not None and (best[0] >= FULL * config.size or nothing_gone or kept == before):
+        if size <= config.size and (best is None or size > best.size):
+            best = Fitted(size, model, few, pruned)
+        now = {name: p.achieved for name, p in pruned.items()}, bits
+        nothing_gone = config.bits != AUTO and all(not p.removed for p in pruned.values())
+        if best is not None and (best.size >= FULL * config.size or nothing_gone or now == before):
             break
-        before = kept
+        before = now
         budget += (config.size - size) * (1.0 if size > config.size else 0.9)
     if best is None:
         raise BudgetError(f"the file has {size:,} bytes where {config.size:,} are allowed")
-    size, model, few, pruned = best
-    save_model(path, model, info, few)
-    return Compressed(_read_back(path, model, config.bits), pruned, size)
+    return best
+
+
+def _attempts(
+    networks: Mapping[str, Network],
+    whole: NerfModel,
+    config: TrialConfig,
+    material: Material,
+    info: Mapping[str, Any],
+) -> tuple[Callable[[float], Attempt], float]:
+    """How to prune to a budget of bytes, and the bytes of a file that are not in the budget."""
+    ranking, statistics = _ranking(networks, config, material), material.statistics or {}
+    widths = {
+        name: {layer: network.width(layer) for layer in network.graph.prunable()}
+        for name, network in networks.items()
+    }
+    omega = _omega(config)
+    price, everything = price_in_files(whole, config.bits, info)
+    fixed = everything - cost_of(networks, Budget(0, price), widths)
+    if config.bits != AUTO:
+
+        def by_width(budget: float) -> Attempt:
+            pruned = shrink(
+                networks,
+                statistics,
+                Budget(budget, price),
+                criterion=config.criterion,
+                allocation=config.schedule,
+                compensation=config.compensation,
+                error_weights=omega,
+                ranking=ranking,
+                batches=material.batches(networks),
+            )
+            return pruned, config.bits
+
+        return by_width, fixed
+
+    sizing = Sizing(networks, Budget(0), ranking.scores, ranking.paths, omega)
+    joint = Joint(networks, sizing.curves(), _choices(networks, config, material), omega)
+
+    def by_width_and_bits(budget: float) -> Attempt:
+        found, schemes = jointly(joint, budget)
+        batches = material.batches(networks)
+        return cut(networks, ranking.keep(found), config.compensation, statistics, batches), schemes
+
+    return by_width_and_bits, fixed
+
+
+def _omega(config: TrialConfig) -> dict[str, float]:
+    """How much the errors of each network count; `auto` stands for the usual weight here."""
+    if config.coarse_weight is None:
+        return {}
+    auto = config.coarse_weight == AUTO
+    return {"coarse": USUAL_WEIGHT if auto else float(config.coarse_weight), "fine": 1.0}
+
+
+def _choices(
+    networks: Mapping[str, Network], config: TrialConfig, material: Material
+) -> dict[str, Choices]:
+    """What each layer takes and loses in how many bits; the same for every budget, so kept."""
+    key = "choices", config.calibration, (*networks,), config.errors
+    if key not in material.kept:
+        weights = _weighing(networks, config, material).get("output_weights", {})
+        statistics = material.statistics or {}
+        material.kept[key] = {
+            name: choices(network, statistics[name], AUTO_SCHEMES, weights.get(name))
+            for name, network in networks.items()
+        }
+    return cast(dict[str, Choices], material.kept[key])
 
 
 def price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tuple[Price, int]:
@@ -404,6 +514,7 @@ def price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tupl
 
     Its rounding is the plain one of so many bits: what it looks at costs time and saves no bytes.
     """
+    bits = "int8" if bits == AUTO else bits
     price, scheme = price_of(bits), SCHEMES[bits].stored_as
     if scheme == "fp32":
         return price, model_size(whole, info)
@@ -419,9 +530,10 @@ def price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tupl
 def _ranking(networks: Mapping[str, Network], config: TrialConfig, material: Material) -> Ranking:
     """How channels rank; the same for every budget, so it is kept."""
     paths = BUDGETED[config.schedule].needs_paths
-    key = config.calibration, (*networks,), config.criterion, config.errors, config.seed, paths
-    if key not in material.rankings:
-        material.rankings[key] = rank(
+    method = config.criterion, config.errors, config.seed, paths
+    key = "ranking", config.calibration, (*networks,), method
+    if key not in material.kept:
+        material.kept[key] = rank(
             networks,
             material.statistics or {},
             criterion=config.criterion,
@@ -429,7 +541,7 @@ def _ranking(networks: Mapping[str, Network], config: TrialConfig, material: Mat
             seed=config.seed,
             **_weighing(networks, config, material),
         )
-    return material.rankings[key]
+    return cast(Ranking, material.kept[key])
 
 
 def _weighing(networks: Mapping[str, Network], config: TrialConfig, material: Material) -> Weighing:
@@ -462,34 +574,3 @@ def _written(
 def _read_back(path: Path, model: NerfModel, bits: str) -> NerfModel:
     """The model as its file holds it, where that is not the model itself."""
     return model if bits == "fp32" else load_model(path)[0].to(model.device)
-
-
-def packed(
-    model: NerfModel, bits: str, samples: Samples | None = None, sparse: bool = False
-) -> dict[str, Packed] | None:
-    """The stored networks in few bits; None for plain float32.
-
-    Args:
-        model: the networks.
-        bits: a name in `pruning.SCHEMES`.
-        samples: calibration samples by network, for schemes that look at them.
-        sparse: whether weights of 0 are left out where the scheme is a float.
-
-    Raises:
-        StatisticsError: the scheme needs samples and there are none.
-    """
-    if bits == "fp32" and not sparse:
-        return None
-    scheme, few = SCHEMES[bits], {}
-    stored = SPARSE_FLOATS.get(bits, bits) if sparse else scheme.stored_as
-    for name, of in model.stored().items():
-        network, statistics = network_of(of), None
-        if scheme.needs_statistics:
-            if samples is None:
-                raise StatisticsError(
-                    f"bits {bits!r} look at what the pruned network computes; give samples"
-                )
-            cells = collect(network, samples(name), ("gram",)).cells
-            statistics = reduce(add, cells.values())
-        few[name] = Packed(of.shape, stored, quantize(network, bits, statistics).tensors())
-    return few

@@ -17,6 +17,7 @@ from nerf.training import Recipe
 from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
+from orchestrator.modelfile import looks_at_samples
 from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import (
@@ -34,7 +35,6 @@ from pruning import (
     COMPENSATIONS,
     CRITERIA,
     GRADIENT_MOMENTS,
-    SCHEMES,
     SPARSE,
     gradients_for,
     moments_for,
@@ -166,8 +166,8 @@ class TrialConfig:
         seed: of the criterion; None where it draws nothing.
         compensation: what the readers of removed channels do.
         size: the most bytes that the model file may have, or None.
-        coarse_weight: how much the errors of the coarse network count; None where they are not
-            weighed against those of the fine one.
+        coarse_weight: how much the errors of the coarse network count, or ``auto``: chosen on
+            validation rays; None where they are not weighed against those of the fine one.
         bits: how the file stores its weights.
         mask: fraction of the single weights of each layer to set to 0, or a pattern such as 2:4;
             None where whole channels are removed.
@@ -187,7 +187,7 @@ class TrialConfig:
     seed: int | None
     compensation: str = "none"
     size: int | None = None
-    coarse_weight: float | None = None
+    coarse_weight: float | Literal["auto"] | None = None
     bits: str = "fp32"
     mask: float | str | None = None
     errors: Errors = "layer"
@@ -216,7 +216,7 @@ class TrialConfig:
         return (
             bool(self.needs.moments)
             or COMPENSATIONS[self.compensation].needs_batches
-            or SCHEMES[self.bits].needs_statistics
+            or looks_at_samples(self.bits)
         )
 
     @property
@@ -598,7 +598,7 @@ class _Target:
     ratio: float | None = None
     layer_ratios: tuple[float, ...] = ()
     size: int | None = None
-    coarse_weight: float | None = None
+    coarse_weight: float | Literal["auto"] | None = None
     mask: float | str | None = None
 
 

@@ -29,12 +29,12 @@ from orchestrator.compress import (
     Material,
     Reduced,
     compress,
-    packed,
     price_in_files,
     scope_of,
     with_fields,
 )
 from orchestrator.log import logger
+from orchestrator.modelfile import packed
 from orchestrator.plan import TrialConfig
 from pruning import (
     SCHEMES,

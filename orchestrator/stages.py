@@ -38,7 +38,7 @@ from orchestrator.results import Failure, Record, ViewScore
 from orchestrator.search.goals import hopeless
 from orchestrator.spec import Sweep
 from orchestrator.store import Held, Store
-from pruning import Ranking, Statistics, cells
+from pruning import Statistics, cells
 
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
@@ -103,7 +103,7 @@ class Workbench:
         self._training_view: HeldOut | None = None
         self._model: tuple[str, NerfModel] | None = None
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
-        self._rankings: tuple[str, dict[Any, Ranking]] = ("", {})
+        self._kept: tuple[str, dict[Any, Any]] = ("", {})
         self._pool: tuple[float, RayPool] | None = None
 
     # --- what stays loaded -----------------------------------------------------------------
@@ -177,8 +177,8 @@ class Workbench:
 
     def material(self, trial: Trial) -> Material:
         """What a trial's pruning may look at."""
-        if self._rankings[0] != trial.training:
-            self._rankings = (trial.training, {})
+        if self._kept[0] != trial.training:
+            self._kept = (trial.training, {})
         wanted, samples = trial.config.calibration, None
         if wanted is not None:
             samples = partial(
@@ -189,7 +189,9 @@ class Workbench:
                 self._validation_fraction(trial.training),
             )
         statistics = None if trial.statistics is None else self.statistics(trial.statistics)
-        return Material(statistics, samples, self._rankings[1])
+        rays, precision = self.validation(trial.training), self.sweep.protocol.precision
+        validate = None if rays is None else lambda small: rays.score(small, precision).psnr
+        return Material(statistics, samples, self._kept[1], validate)
 
     # --- train -----------------------------------------------------------------------------
 
@@ -418,6 +420,7 @@ class Workbench:
                     **sizes(small.model, small.pruned),
                     "size_bytes": small.size,
                     **({"achieved_ratio": achieved_ratio(small.pruned)} if small.pruned else {}),
+                    **small.notes,
                 },
                 views=_views(evaluation),
                 widths=_widths(small.model),

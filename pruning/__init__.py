@@ -35,6 +35,7 @@ from pruning.elimination import (
 )
 from pruning.errors import BudgetError, PruningError, RatioError, StatisticsError
 from pruning.gradients import collect_gradients, probe
+from pruning.joint import Choice, Choices, Joint, choices, jointly
 from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
 from pruning.pipeline import Pruned, Ranking, cut, moments_for_budget, prune, rank, shrink
@@ -71,9 +72,12 @@ __all__ = [
     "CalibrationBatch",
     "Cell",
     "Chain",
+    "Choice",
+    "Choices",
     "Compensation",
     "Cost",
     "Criterion",
+    "Joint",
     "Layer",
     "LayerGraph",
     "Moment",
@@ -101,6 +105,7 @@ __all__ = [
     "cells",
     "check_ratio",
     "check_ratios",
+    "choices",
     "collect",
     "collect_gradients",
     "compensate",
@@ -111,6 +116,7 @@ __all__ = [
     "elimination_path",
     "elimination_paths",
     "gradients_for",
+    "jointly",
     "keep_mask",
     "mask",
     "mebibytes",

@@ -47,7 +47,7 @@ class Chain:
     def __init__(self, curves: Curves, cost: Cost) -> None:
         self.curves = {node: np.asarray(curve, dtype=np.float64) for node, curve in curves.items()}
         self.cost = cost
-        self._order = _parents_last(cost)
+        self._order = parents_last(cost)
         self._m = {node: np.arange(len(curve), dtype=np.float64) for node, curve in curves.items()}
         # v m_k m_l of each layer k and its parent l in the forest: rows m_l, columns m_k.
         self._joint = {
@@ -143,7 +143,7 @@ class Chain:
             left = amount - self.cost(m)
 
 
-def _parents_last(cost: Cost) -> dict[Node, tuple[Node | None, float]]:
+def parents_last(cost: Cost) -> dict[Node, tuple[Node | None, float]]:
     """Each layer's parent in the forest of neighbours (None for a root) and v; children first."""
     near = cost.neighbours()
     order: dict[Node, tuple[Node | None, float]] = {}

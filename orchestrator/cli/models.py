@@ -91,7 +91,7 @@ def prune(options: argparse.Namespace) -> int:
             )
             statistics = {name: of.subset((views, wanted.rays)) for name, of in nested.items()}
         samples = partial(calibration_samples, model, scene, wanted, left_out)
-        material = Material(statistics, samples)
+        material = Material(statistics, samples, validate=_validate(scene, model, left_out))
     made = compress(options.output, model, config, material, {**info, "pruning": config.flat()})
     small, pruned, size = made.model, made.pruned, made.size
     networks: dict[str, dict[str, Any]] = {
@@ -151,7 +151,11 @@ def _pruning(options: argparse.Namespace) -> Any:
     lookup(CRITERIA, criterion, "criterion")
     lookup(COMPENSATIONS, compensation, "compensation")
     lookup(BUDGETED if by_size else ALLOCATIONS, schedule, "allocation")
-    lookup(SCHEMES, options.bits, "scheme")
+    lookup({**SCHEMES, "auto": None}, options.bits, "scheme")
+    if options.bits == "auto" and not (by_size and schedule == "chain"):
+        raise OrchestratorError(
+            "--bits auto shares a size out among widths and bits: it goes with --size and chain"
+        )
     weighs = by_size and both and BUDGETED[schedule].needs_paths
     return TrialConfig(
         networks=options.networks,
@@ -276,6 +280,16 @@ def _validation(info: Mapping[str, Any]) -> float:
     training = info.get("training")
     value = training.get("validation", 0.0) if isinstance(training, dict) else 0.0
     return value if isinstance(value, float) and 0.0 <= value < 1.0 else 0.0
+
+
+def _validate(scene: Any, model: Any, fraction: float) -> Any:
+    """PSNR on the validation rays of a model's training; None where there are none."""
+    from nerf.validation import ValidationRays
+
+    if not fraction:
+        return None
+    rays = ValidationRays(scene, fraction, model.device)
+    return lambda small: rays.score(small).psnr
 
 
 def _check_output(path: Path) -> None:

@@ -184,12 +184,13 @@ def _model_commands(command: Callable[..., Any]) -> None:
     )
     prune.add_argument(
         "--coarse-weight",
-        type=_positive,
+        type=_coarse_weight,
         metavar="X",
-        help="how much errors of the coarse network count, with --size (0.1)",
+        help="how much errors of the coarse network count, with --size; auto: chosen on "
+        "validation rays (0.1)",
     )
     prune.add_argument(
-        "--bits", default="fp32", help="how weights are stored: fp16, int8, … (fp32)"
+        "--bits", default="fp32", help="how weights are stored: fp16, int8, auto, … (fp32)"
     )
     prune.add_argument(
         "--calibration-views", type=_count, metavar="N", help="training views (all of them)"
@@ -300,6 +301,10 @@ def _positive(text: str) -> float:
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _coarse_weight(text: str) -> float | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _ratio(text: str) -> float:

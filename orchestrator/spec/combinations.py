@@ -42,6 +42,11 @@ def _with_ratios(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("allocations", "coarse_weight"):
         if key in grid:
             yield key, "only a grid with `sizes` has this; ratios are spread by `schedules`"
+    if "auto" in _names(grid, "bits", "fp32"):
+        yield (
+            "bits",
+            "`auto` shares a size out among widths and bits; it goes with `sizes`",
+        )
     yield from _of_channels(grid, "activation")
     if "pixel" in _names(grid, "errors", "layer") and "obs" not in _names(
         grid, "criteria", "activation"
@@ -60,6 +65,10 @@ def _with_sizes(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "coarse_weight",
             "only `networks: both` shares a size out between two networks",
         )
+    if "auto" in _names(grid, "bits", "fp32") and {*_names(grid, "allocations", "chain")} != {
+        "chain"
+    }:
+        yield "bits", "`auto` chooses widths and bits together along the chain: allocation `chain`"
     yield from _of_channels(grid, "obs")
     criteria = _names(grid, "criteria", "obs")
     for name in _names(grid, "allocations", "chain"):
@@ -87,7 +96,7 @@ def _with_masks(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{name!r} scores channels; single weights are scored by {', '.join(SPARSE)}",
             )
     for name in _names(grid, "bits", "fp32"):
-        if name in SCHEMES and not SCHEMES[name].keeps_zeros:
+        if name == "auto" or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
             yield (
                 "bits",
                 f"{name!r} would move the zeros of a mask; fp32, fp16, bf16 and int2 to int8 keep "
@@ -126,9 +135,10 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 "'dense_longer' can be trained beside",
             )
     for name in _names(grid, "bits", "fp32"):
-        if name in SCHEMES and SCHEMES[name].needs_statistics:
+        if name == "auto" or (name in SCHEMES and SCHEMES[name].needs_statistics):
+            alike = "int2 to int8" if name == "auto" else SCHEMES[name].stored_as
             yield (
                 "bits",
                 f"{name!r} looks at data to round well, and a recovery trains the rounded weights "
-                f"themselves; {SCHEMES[name].stored_as!r} is stored alike",
+                f"themselves; {alike!r} is stored alike",
             )

@@ -222,7 +222,7 @@ Criterion = Annotated[
 Mask = Annotated[float | str, PlainValidator(_mask), WithJsonSchema(_MASK)]
 Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS)), _names(COMPENSATIONS)]
 Allocation = Annotated[str, _known("allocation", list(BUDGETED)), _names(BUDGETED)]
-Bits = Annotated[str, _known("scheme", list(SCHEMES)), _names(SCHEMES)]
+Bits = Annotated[str, _known("scheme", [*SCHEMES, "auto"]), _names([*SCHEMES, "auto"])]
 Size = Annotated[int, PlainValidator(_size), WithJsonSchema(_SIZE)]
 Seconds = Annotated[float | None, PlainValidator(_seconds), WithJsonSchema(_TIME)]
 ScheduleEntry = Annotated[
@@ -485,9 +485,13 @@ class PruneSection(_Section):
         list[Allocation], Listed, Field(min_length=1, description="how a size is shared out")
     ] = ["chain"]
     coarse_weight: Annotated[
-        list[PositiveFloat],
+        list[PositiveFloat | Literal["auto"]],
         Listed,
-        Field(min_length=1, description="how much errors of the coarse network count, with sizes"),
+        Field(
+            min_length=1,
+            description="how much errors of the coarse network count, with sizes; `auto`: chosen "
+            "on validation rays",
+        ),
     ] = [0.1]
     bits: Annotated[
         list[Bits], Listed, Field(min_length=1, description="how the file stores its weights")

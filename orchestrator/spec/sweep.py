@@ -68,7 +68,7 @@ class PruneGrid:
     compensations: tuple[str, ...] = ("none",)
     sizes: tuple[int, ...] = ()
     allocations: tuple[str, ...] = ("chain",)
-    coarse_weights: tuple[float, ...] = (0.1,)
+    coarse_weights: tuple[float | Literal["auto"], ...] = (0.1,)
     bits: tuple[str, ...] = ("fp32",)
     masks: tuple[float | str, ...] = ()
     errors: tuple[Errors, ...] = ("layer",)

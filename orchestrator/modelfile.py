@@ -1,0 +1,81 @@
+"""The weights of a model as its file stores them: floats, few bits, or sparse."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from operator import add
+
+from nerf.field import NerfModel
+from nerf.packing import Packed
+from orchestrator.bridge import network_of
+from pruning import (
+    SCHEMES,
+    CalibrationBatch,
+    Network,
+    Statistics,
+    StatisticsError,
+    collect,
+    quantize,
+)
+
+AUTO = "auto"
+"""Bits a layer, chosen together with the widths."""
+
+AUTO_SCHEMES = tuple(f"gptq{bits}" for bits in range(2, 9))
+"""What `auto` chooses from."""
+
+SPARSE_FLOATS = {"fp32": "sparse32", "fp16": "sparse16"}
+
+Samples = Callable[[str], Iterable[CalibrationBatch]]
+"""The calibration samples of a network by its name; they can be gone through again and again."""
+
+Bits = str | Mapping[str, Mapping[str, str]]
+"""A name in `pruning.SCHEMES`, or by network one for each layer."""
+
+
+def looks_at_samples(bits: str) -> bool:
+    """Whether rounding looks at what the pruned network computes on calibration samples."""
+    return bits == AUTO or SCHEMES[bits].needs_statistics
+
+
+def packed(
+    model: NerfModel, bits: Bits, samples: Samples | None = None, sparse: bool = False
+) -> dict[str, Packed] | None:
+    """The stored networks in few bits; None for plain float32.
+
+    Args:
+        model: the networks.
+        bits: how they are stored; a network that is not named keeps the most bits of `auto`.
+        samples: calibration samples by network, for schemes that look at them.
+        sparse: whether weights of 0 are left out where the scheme is a float.
+
+    Raises:
+        StatisticsError: a scheme needs samples and there are none.
+    """
+    if bits == "fp32" and not sparse:
+        return None
+    few = {}
+    for name, of in model.stored().items():
+        network = network_of(of)
+        wanted = bits if isinstance(bits, str) else bits.get(name, AUTO_SCHEMES[-1])
+        schemes = dict.fromkeys(network.weights, wanted) if isinstance(wanted, str) else wanted
+        statistics = None
+        if any(SCHEMES[scheme].needs_statistics for scheme in schemes.values()):
+            statistics = _seen(network, name, wanted, samples)
+        arrays = quantize(network, schemes, statistics).tensors()
+        stored = [SCHEMES[schemes[spec.name]].stored_as for spec in of.shape.layers()]
+        if sparse:
+            stored = [SPARSE_FLOATS.get(scheme, scheme) for scheme in stored]
+        alike = len(set(stored)) == 1
+        few[name] = Packed(of.shape, stored[0] if alike else stored, arrays)
+    return few
+
+
+def _seen(
+    network: Network, name: str, wanted: str | Mapping[str, str], samples: Samples | None
+) -> Statistics:
+    """What the layers of a pruned network read."""
+    if samples is None:
+        raise StatisticsError(
+            f"bits {wanted!r} look at what the pruned network computes; give calibration samples"
+        )
+    return reduce(add, collect(network, samples(name), ("gram",)).cells.values())
