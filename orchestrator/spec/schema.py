@@ -167,6 +167,13 @@ def _size(value: Any) -> int:
         raise PydanticCustomError("size", "{reason}", {"reason": str(error)}) from error
 
 
+def _coarse_weight(value: Any) -> float | str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "auto" or (number and 0 < value < float("inf")):
+        return value if value == "auto" else float(value)
+    raise PydanticCustomError("coarse_weight", "allowed are a number above 0, or `auto`")
+
+
 def _mask(value: Any) -> float | str:
     try:
         if isinstance(value, str) or _is_ratio(value):
@@ -205,6 +212,7 @@ _SIZE = {
         {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmM][iI]?)?[bB]?\s*$"},
     ]
 }
+_COARSE_WEIGHT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "auto"}]}
 _MASK = {"anyOf": [_RATIO, {"type": "string", "pattern": "^[0-9]+:[0-9]+$"}]}
 _SCHEDULE = {
     "anyOf": [{"enum": list(ALLOCATIONS)}, {"type": "array", "items": _RATIO, "minItems": 1}]
@@ -230,6 +238,9 @@ ScheduleEntry = Annotated[
 ]
 Number = Annotated[float, BeforeValidator(_not_bool), Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
+CoarseWeight = Annotated[
+    float | Literal["auto"], PlainValidator(_coarse_weight), WithJsonSchema(_COARSE_WEIGHT)
+]
 Folder = Annotated[str, AfterValidator(_folder)]
 Storage = Annotated[str, AfterValidator(_storage)]
 PrecisionName = Literal["float32", "tf32", "bfloat16"]
@@ -485,7 +496,7 @@ class PruneSection(_Section):
         list[Allocation], Listed, Field(min_length=1, description="how a size is shared out")
     ] = ["chain"]
     coarse_weight: Annotated[
-        list[PositiveFloat | Literal["auto"]],
+        list[CoarseWeight],
         Listed,
         Field(
             min_length=1,

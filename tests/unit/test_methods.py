@@ -18,8 +18,9 @@ from nerf.packing import Packed
 from nerf.scenes import write_demo_scene
 from orchestrator.bridge import calibration_batches, graph_of, network_of
 from orchestrator.cli import main
-from orchestrator.compress import packed
-from orchestrator.errors import SpecError
+from orchestrator.compress import COARSE_WEIGHTS, compress
+from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.modelfile import packed
 from orchestrator.plan import Needs, Plan, Trial, make_plan
 from orchestrator.progress import describe
 from orchestrator.provenance import Origin
@@ -171,6 +172,20 @@ def record_of(trial: Trial) -> Record:
             "prune[0].allocations",
             "criterion activation alone",
         ),
+        ({"ratios": 0.5, "bits": "auto"}, "prune[0].bits", "it goes with `sizes`"),
+        ({"masks": 0.5, "bits": "auto"}, "prune[0].bits", "move the zeros"),
+        (
+            {"sizes": 9000, "bits": ["int8", "auto"], "allocations": ["chain", "lamp"]},
+            "prune[0].bits",
+            "allocation `chain`",
+        ),
+        (
+            {"sizes": 9000, "bits": "auto", "recover": {"iterations": 5}},
+            "prune[0].bits",
+            "trains the rounded weights",
+        ),
+        ({"sizes": 9000, "coarse_weight": "best"}, "prune[0].coarse_weight", "`auto`"),
+        ({"sizes": 9000, "coarse_weight": 0}, "prune[0].coarse_weight", "above 0"),
         ({"ratios": 0.5, "errors": "pixel"}, "prune[0].errors", "criterion `obs`"),
         ({"ratios": 0.5, "bits": "int88"}, "prune[0].bits", "did you mean 'int8'?"),
         ({"ratios": 0.5, "compensation": "obss"}, "prune[0].compensation", "did you mean 'obs'?"),
@@ -443,7 +458,8 @@ GRIDS: list[dict[str, Any]] = [
     },
     {"ratios": 0.5, "criteria": ["taylor", "fluctuation"], "compensation": "least_squares", **DEMO},
     {"ratios": 0.3, "bits": ["gptq4", "awq4"], **DEMO},
-    {"sizes": 4500, "bits": "gptq5", "networks": "shared", **DEMO},
+    {"sizes": 4500, "bits": ["gptq5", "auto"], "networks": "shared", **DEMO},
+    {"sizes": 7000, "bits": "int8", "coarse_weight": "auto", **DEMO},
     {"sizes": 15_000, "criteria": "sensitivity", "allocations": "pfp", **DEMO},
     {"sizes": 15_000, "criteria": "activation", "allocations": "aap", **DEMO},
     {"sizes": 15_000, "errors": "pixel", **DEMO},
@@ -503,6 +519,46 @@ def test_a_trials_file_evaluates_to_the_recorded_scores(done: Done) -> None:
         assert record.metrics["params"] == loaded.parameters()
         assert ("params_coarse" in record.metrics) == (not loaded.shared)
         assert info["pruning"] == dict(record.config) == trial.config.flat()
+
+
+def test_bits_are_chosen_layer_by_layer(done: Done) -> None:
+    _, plan, store = done
+    (trial,) = (t for t in plan.trials if t.config.bits == "auto")
+    _, metadata = read_tensors(store.folder("trial", trial.key) / MODEL)
+    (schemes,) = metadata["schemes"].values()  # type: ignore[attr-defined]
+    assert len(schemes) == 7
+    assert len(set(schemes)) > 1
+
+
+def test_the_coarse_weight_is_chosen_on_validation_rays(done: Done) -> None:
+    bench, plan, store = done
+    (trial,) = (t for t in plan.trials if t.config.coarse_weight == "auto")
+    record = store.read_record("trial", trial.key)
+    chosen = record.metrics["coarse_weight"]
+    assert chosen in COARSE_WEIGHTS
+    assert record.config["coarse_weight"] == "auto"
+    # The weight that was chosen is the one that does best on the validation rays.
+    rays = bench.validation(trial.training)
+    assert rays is not None
+    scores = {}
+    for weight in COARSE_WEIGHTS:
+        path = store.folder("trial", trial.key).parent / f"{weight}.safetensors"
+        config = replace(trial.config, coarse_weight=weight)
+        model = bench.model(trial.training)
+        info = load_model(store.folder("trial", trial.key) / MODEL)[1]
+        scores[weight] = rays.score(
+            compress(path, model, config, bench.material(trial), info).model
+        ).psnr
+        path.unlink()
+    assert scores[chosen] == max(scores.values()) == record.metrics["validation_psnr"]
+
+
+def test_without_validation_rays_there_is_nothing_to_choose_by(done: Done, tmp_path: Path) -> None:
+    bench, plan, _ = done
+    (trial,) = (t for t in plan.trials if t.config.coarse_weight == "auto")
+    material = replace(bench.material(trial), validate=None)
+    with pytest.raises(OrchestratorError, match=r"`train\.validation` above 0"):
+        compress(tmp_path / "m", bench.model(trial.training), trial.config, material, {})
 
 
 def test_only_what_is_asked_for_is_pruned(done: Done) -> None:
@@ -581,6 +637,7 @@ def test_the_command_knows_bits_shared_networks_and_compensation(
         (("--ratio", "0.5", "--coarse-weight", "1"), "--size"),
         (("--ratio", "0.5", "--bits", "int88"), "did you mean 'int8'?"),
         (("--ratio", "0.5", "--criterion", "taylr"), "did you mean 'taylor'?"),
+        (("--ratio", "0.5", "--bits", "auto"), "goes with --size"),
         (("--ratio", "0.5", "--compensation", "obss"), "did you mean 'obs'?"),
         (("--size", "1000"), "too small"),
     ],
