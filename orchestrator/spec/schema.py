@@ -230,6 +230,7 @@ Criterion = Annotated[
 Mask = Annotated[float | str, PlainValidator(_mask), WithJsonSchema(_MASK)]
 Compensation = Annotated[str, _known("compensation", list(COMPENSATIONS)), _names(COMPENSATIONS)]
 Allocation = Annotated[str, _known("allocation", list(BUDGETED)), _names(BUDGETED)]
+Scheme = Annotated[str, _known("scheme", list(SCHEMES)), _names(SCHEMES)]
 Bits = Annotated[str, _known("scheme", [*SCHEMES, "auto"]), _names([*SCHEMES, "auto"])]
 Size = Annotated[int, PlainValidator(_size), WithJsonSchema(_SIZE)]
 Seconds = Annotated[float | None, PlainValidator(_seconds), WithJsonSchema(_TIME)]
@@ -739,7 +740,7 @@ class SearchSection(_Section):
         Field(min_length=1, description="what replaces what was removed"),
     ] = ["obs"]
     bits: Annotated[
-        list[Bits], Listed, Field(min_length=1, description="how the file stores its weights")
+        list[Scheme], Listed, Field(min_length=1, description="how the file stores its weights")
     ] = ["fp32"]
     errors: Annotated[
         Literal["layer", "pixel"],
