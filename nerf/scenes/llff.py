@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from nerf.camera_paths import recentre, spiral_path
 from nerf.cameras import Camera
@@ -60,7 +60,6 @@ def load(settings: SceneSettings) -> Scene:
     Raises:
         SceneError: a file is missing, damaged, or inconsistent with the others.
     """
-    folder = settings.folder()
     files = _find_files(settings)
     poses, size, bounds = read_poses_bounds(files.poses)
     if len(files.photos) != len(poses):
@@ -70,27 +69,49 @@ def load(settings: SceneSettings) -> Scene:
             "download the scene again"
         )
     photos = read_photos(files.photos, shrink=files.shrink)
-    height, width = photos.shape[1:3]
-    _check_size(files, (height, width), size)
+    _check_size(files, (photos.shape[1], photos.shape[2]), size)
+    return as_scene(
+        settings, photos, poses, bounds, size.focal / files.factor, _fingerprint_of(settings, files)
+    )
 
+
+def as_scene(
+    settings: SceneSettings,
+    photos: UInt8[np.ndarray, "views height width 3"],
+    poses: Float[np.ndarray, "views 3 4"],
+    bounds: Float[np.ndarray, "views 2"],
+    focal: float,
+    fingerprint: str,
+) -> Scene:
+    """A scene from photos with poses and depth bounds: scaled, recentred, split as NeRF does.
+
+    Args:
+        settings: how the scene is read.
+        photos: 8-bit, one a view.
+        poses: columns right, up, backwards, position, in any world units.
+        bounds: nearest and farthest depth of each view, in the same units.
+        focal: in pixels of these photos.
+        fingerprint: of all that the scene is made of.
+    """
+    height, width = photos.shape[1:3]
     scale = 1.0 / (bounds.min() * settings.bd_factor)
-    poses[:, :, 3] *= scale
+    poses = np.concatenate((poses[:, :, :3], poses[:, :, 3:] * scale), axis=2)
     bounds = bounds * scale
     poses = recentre(poses)
     nearest, farthest = float(bounds.min()), float(bounds.max())
     ndc = _uses_ndc(settings)
     views = range(len(poses))
     return Scene(
-        name=folder.resolve().name,
+        name=settings.folder().resolve().name,
         images=photos.astype(np.float32) / np.float32(255),
         poses=poses.astype(np.float32),
-        camera=Camera(height, width, size.focal / files.factor, ndc),
+        camera=Camera(height, width, focal, ndc),
         near=0.0 if ndc else _NEAR_MARGIN * nearest,
         far=1.0 if ndc else farthest,
         train=tuple(view for view in views if view % settings.holdout != 0),
         test=tuple(views[:: settings.holdout]),
         white_background=bool(settings.white_background),
-        fingerprint=_fingerprint_of(settings, files),
+        fingerprint=fingerprint,
         spiral=spiral_path(poses, nearest, farthest).astype(np.float32),
     )
 
@@ -189,7 +210,7 @@ def _find_files(settings: SceneSettings) -> _Files:
     poses = folder / POSES_FILE
     if not poses.is_file():
         _read_table(poses)  # says what is missing
-    factor = _factor(folder, settings.factor)
+    factor = photo_factor(folder, settings.factor)
     ready = folder / ("images" if factor == 1 else f"images_{factor}")
     originals = folder / "images"
     if ready.is_dir():
@@ -217,7 +238,12 @@ def _find_files(settings: SceneSettings) -> _Files:
     return _Files(poses, photos, factor, shrink)
 
 
-def _factor(folder: Path, asked: int | None) -> int:
+def photo_factor(folder: Path, asked: int | None) -> int:
+    """How many times smaller than the originals the photos are to be: asked for, or what is there.
+
+    Raises:
+        SceneError: there are several sizes, and none of them is the usual one.
+    """
     if asked is not None:
         return asked
     there = sorted(

@@ -3,7 +3,7 @@
 import difflib
 
 from nerf.errors import SceneError
-from nerf.scenes import blender, demo, llff
+from nerf.scenes import blender, colmap, demo, llff
 from nerf.scenes.format import SceneFormat
 from nerf.scenes.scene import Scene
 from nerf.scenes.settings import AUTO, SceneSettings
@@ -11,6 +11,7 @@ from nerf.scenes.settings import AUTO, SceneSettings
 SCENE_FORMATS: dict[str, SceneFormat] = {
     "demo": demo.FORMAT,
     "llff": llff.FORMAT,
+    "colmap": colmap.FORMAT,
     "blender": blender.FORMAT,
 }
 

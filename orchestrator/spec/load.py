@@ -243,7 +243,7 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
     scene = data.get("scene")
     if (
         isinstance(scene, dict)
-        and scene.get("format", "auto") in ("auto", "llff", "blender")
+        and scene.get("format", "auto") in ("auto", "llff", "colmap", "blender")
         and scene.get("path") in (None, "")
     ):
         found.append(

@@ -262,7 +262,8 @@ class SceneSection(_Section):
         ),
     ] = None
     format: Annotated[
-        Literal["auto", "llff", "blender", "demo"], Field(description="format of the folder")
+        Literal["auto", "llff", "colmap", "blender", "demo"],
+        Field(description="format of the folder"),
     ] = "auto"
     factor: Annotated[
         int | None,
@@ -270,7 +271,12 @@ class SceneSection(_Section):
     ] = None
     holdout: Annotated[
         int,
-        Field(ge=2, le=MAX_COUNT, strict=True, description="every n-th view is held out (LLFF)"),
+        Field(
+            ge=2,
+            le=MAX_COUNT,
+            strict=True,
+            description="every n-th view is held out (LLFF, COLMAP, demo)",
+        ),
     ] = 8
     ndc: Annotated[
         bool | None,

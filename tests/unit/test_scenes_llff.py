@@ -325,7 +325,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_folder_without_a_scene_says_what_was_looked_for(tmp_path):
-    with pytest.raises(SceneError, match=r"poses_bounds.npy \(llff\), transforms_train.json"):
+    with pytest.raises(SceneError, match=r"poses_bounds.npy \(llff\), sparse/0/cameras.bin \(colmap\), transforms_train.json"):
         load_scene(SceneSettings(tmp_path))
 
 
