@@ -5,11 +5,15 @@ the knee of the front. Candidates are the trials and the dense models.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nerf.checkpoints import load_model
+from nerf.files import replacing
+from nerf.interchange import export_tar
 from orchestrator import pareto
 from orchestrator.errors import SweepError
 from orchestrator.pareto import Point
@@ -132,10 +136,32 @@ def pick(
 
 
 def model_file(store: Store, record: Record) -> Path:
-    """Where the model file of a trial, or of a training's dense model, is."""
-    if record.kind == "trial":
-        return store.file("trial", record.key, MODEL)
-    return store.file("checkpoint", record.training, MODEL)
+    """Where the model file of a trial, a control, or of a training's dense model, is."""
+    if record.kind == "training":
+        return store.file("checkpoint", record.training, MODEL)
+    return store.file(record.kind, record.key, MODEL)
+
+
+def write_model(model: Path, out: Path) -> None:
+    """Write a model file to where it is wanted, in the format that its name says.
+
+    Args:
+        model: our model file.
+        out: ``.safetensors`` for a copy, ``.tar`` for nerf-pytorch's format.
+
+    Raises:
+        CheckpointError: nerf-pytorch cannot hold networks of these shapes.
+        SweepError: another suffix.
+    """
+    if out.suffix == ".tar":
+        loaded, info = load_model(model)
+        iterations = info.get("iterations", 0)
+        export_tar(out, loaded, iterations if isinstance(iterations, int) else 0)
+    elif out.suffix == ".safetensors":
+        with replacing(out) as temporary:
+            shutil.copyfile(model, temporary)
+    else:
+        raise SweepError(f"{out}: a picked model is written as .safetensors or .tar")
 
 
 def _best(fitting: Iterable[Point], order: Callable[[Point], Any]) -> Point | None:

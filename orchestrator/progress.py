@@ -1,8 +1,12 @@
-"""Live progress in the terminal: a panel that updates itself, or plain lines without one."""
+"""Live progress: a panel that updates itself in a terminal, plain or JSON lines without one."""
 
+import json
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +22,7 @@ from orchestrator.results import Record, method_of
 from orchestrator.units import show_bytes
 
 LINE_SECONDS = 5.0
+GPU_SECONDS = 2.0
 SHOWN_POINTS = 5
 
 
@@ -28,9 +33,12 @@ class Progress:
 
     Args:
         console: where to write; standard error by default.
+        as_json: one JSON object a line instead, for programs.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, as_json: bool = False) -> None:
+        self._json = as_json
+        self._gpus: tuple[float, list[GpuUse]] = (float("-inf"), [])
         self._console = console or Console(file=sys.stderr)
         self._live: Live | None = None
         self._total = 0
@@ -46,7 +54,7 @@ class Progress:
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._json:
             self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
         return self
@@ -60,7 +68,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
         if self._total and kind is None:
-            self._console.print(self._line(), highlight=False)
+            self._print_line()
 
     # --- what the scheduler tells ----------------------------------------------------------
 
@@ -68,7 +76,7 @@ class Progress:
         """So many nodes are about to run."""
         self._total = total
         self._started = time.monotonic()
-        if total == 0:
+        if total == 0 and not self._json:
             self._console.print("nothing to run: every result is in the store", highlight=False)
 
     def progress(self, training: Training, report: Mapping[str, Any]) -> None:
@@ -102,7 +110,57 @@ class Progress:
             return
         if now or time.monotonic() - self._last_line > LINE_SECONDS:
             self._last_line = time.monotonic()
+            self._print_line()
+
+    def _print_line(self) -> None:
+        if self._json:
+            self._console.file.write(json.dumps(self.state()) + "\n")
+            self._console.file.flush()
+        else:
             self._console.print(self._line(), highlight=False, soft_wrap=True)
+
+    def state(self) -> dict[str, Any]:
+        """Where the sweep stands, as plain data: what the JSON lines hold."""
+        return {
+            "stage": self._stage(),
+            "done": self._done,
+            "total": self._total,
+            "failed": self._failed,
+            "running": sorted(self._training),
+            "elapsed_seconds": round(time.monotonic() - self._started, 1),
+            "left_seconds": self._seconds_left(),
+            "trials_per_minute": 60 * self._rate(),
+            "trainings": {
+                key: {**dict(report), "iterations": self._iterations[key]}
+                for key, report in self._training.items()
+            },
+            "gpus": [vars(gpu) for gpu in self._gpu_use()],
+            "front": [
+                {
+                    "id": record.key,
+                    "size_bytes": record.metrics["size_bytes"],
+                    "psnr": record.metrics["psnr"],
+                    "model": describe(record),
+                }
+                for record in sorted(self._front, key=lambda r: r.metrics["size_bytes"])
+            ],
+        }
+
+    def _stage(self) -> str:
+        """What is under way, in a word or two."""
+        if self._total and self._done >= self._total:
+            return "finished"
+        if self._training:
+            return "training" if not self._trials else "training and pruning"
+        return "pruning" if self._trials else "starting"
+
+    def _gpu_use(self) -> "list[GpuUse]":
+        """Of this machine's GPUs, asked for every few seconds at most."""
+        at, known = self._gpus
+        if time.monotonic() - at > GPU_SECONDS:
+            known = gpu_use()
+            self._gpus = (time.monotonic(), known)
+        return known
 
     def _line(self) -> str:
         parts = [f"{self._done}/{self._total} done"]
@@ -161,7 +219,10 @@ class Progress:
             self._pace(),
             Text(f"{self._failed} failed", style="red") if self._failed else "",
         )
-        rows: list[Any] = [head]
+        rows: list[Any] = [
+            Text.assemble((self._stage(), "bold cyan"), ("  " + _gpus(self._gpu_use()), "dim")),
+            head,
+        ]
         for key, report in self._training.items():
             line = Table.grid(padding=(0, 1))
             line.add_row(
@@ -191,6 +252,43 @@ def describe(record: Record) -> str:
     size = config.get("size")
     amount = f"{config.get('ratio', 0):.0%}" if size is None else show_bytes(size)
     return f"{method_of(config)} {config.get('networks')} {amount} {config.get('schedule')}"
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """How busy a GPU is: percent of time, and memory in MiB."""
+
+    percent: float
+    memory_mib: float
+    total_mib: float
+
+
+def gpu_use() -> list[GpuUse]:
+    """Of the GPUs of this machine, by NVIDIA's own tool; empty where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = "--query-gpu=utilization.gpu,memory.used,memory.total"
+    try:
+        answer = subprocess.run(
+            [program, query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=2,
+            check=True,
+        )
+        rows = [[float(v) for v in line.split(",")] for line in answer.stdout.splitlines()]
+        return [GpuUse(*row) for row in rows]
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
+        return []
+
+
+def _gpus(use: list[GpuUse]) -> str:
+    return "  ".join(
+        f"GPU {i}: {gpu.percent:.0f} %, {gpu.memory_mib / 1024:.1f} of "
+        f"{gpu.total_mib / 1024:.0f} GiB"
+        for i, gpu in enumerate(use)
+    )
 
 
 def _clock(seconds: float) -> str:

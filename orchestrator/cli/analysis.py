@@ -20,6 +20,12 @@ def add_commands(command: Callable[..., Any]) -> None:
     )
     picking.add_argument("sweep", type=Path, help="sweep file")
     add_rule(picking)
+    picking.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write it: .safetensors, or .tar"
+    )
+    picking.add_argument(
+        "--register", action="store_true", help="in MLflow's registry, under the sweep's alias"
+    )
     picking.add_argument("--json", action="store_true", help="as JSON")
 
     comparing = command(
@@ -57,15 +63,32 @@ def add_rule(parser: Any) -> None:
 def pick(options: argparse.Namespace) -> int:
     """Which model to ship."""
     from orchestrator.pick import pick as choose
+    from orchestrator.pick import write_model
 
-    data, sweep, _ = _read(options.sweep)
+    data, sweep, store = _read(options.sweep)
     chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path)
+    more: dict[str, Any] = {}
+    if options.output:
+        write_model(chosen.model, options.output)
+        more["output"] = str(options.output)
+    if options.register:
+        from orchestrator.tracking import default_uri
+        from orchestrator.tracking.registry import register
+
+        uri = sweep.tracking.uri or default_uri(store)
+        registered = register(
+            uri, sweep.tracking.experiment, sweep.name, chosen.record.key, chosen.sentence
+        )
+        more["registered"] = registered.uri
+        more["version"] = registered.version
     if options.json:
-        print(json.dumps(chosen.to_json(), indent=1))
+        print(json.dumps({**chosen.to_json(), **more}, indent=1))
         return 0
     print(chosen.sentence)
     print(f"model:  {chosen.model}")
     print(f"render: {chosen.render_command}")
+    for what, value in more.items():
+        print(f"{what + ':':<7} {value}")
     return 0
 
 

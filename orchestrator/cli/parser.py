@@ -67,6 +67,7 @@ def _sweep_commands(command: Callable[..., Any]) -> None:
         "prunefield run sweeps/demo.yaml",
     )
     run.add_argument("file", type=Path, help="sweep file")
+    run.add_argument("--json", action="store_true", help="progress as JSON lines on standard error")
 
     report = command(
         "report",

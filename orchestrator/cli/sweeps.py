@@ -41,10 +41,11 @@ def plan(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run what a sweep misses, then print the front and where to look."""
+    from orchestrator.progress import Progress
     from orchestrator.report import table
     from orchestrator.sweep import run as run_sweep
 
-    finished = run_sweep(options.file)
+    finished = run_sweep(options.file, Progress(as_json=True) if options.json else None)
     print(table(finished.data))
     print(f"\nreport: {finished.report.html}")
     if bundle_info() is None:  # a shipped file is no place to look again

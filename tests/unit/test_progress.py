@@ -1,0 +1,74 @@
+"""What a person, or a program, sees while a sweep runs."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orchestrator import progress
+from orchestrator.pareto import front, points
+from orchestrator.progress import GpuUse, Progress, gpu_use
+from orchestrator.results import Failure
+from tests.unit.record_builder import training_record, trial_record
+
+
+def run(show: Progress, failures: int = 1) -> list:
+    dense = training_record()
+    trials = [
+        trial_record(dense, ratio, c) for ratio in (0.3, 0.5) for c in ("activation", "random")
+    ]
+    failed = [
+        trial_record(dense, 0.9, failure=Failure("prune", "no"), seed=i) for i in range(failures)
+    ]
+    with show:
+        show.started(1 + len(trials) + len(failed))
+        for record in (dense, *trials, *failed):
+            show.ended(record)
+    return [dense, *trials]
+
+
+def test_json_lines_hold_counts_and_the_front() -> None:
+    out = io.StringIO()
+    done = run(Progress(Console(file=out), as_json=True))
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    last = lines[-1]
+    assert (last["done"], last["total"], last["failed"], last["stage"]) == (6, 6, 1, "finished")
+    assert [p["id"] for p in last["front"]] == [p.key for p in front(points(done))]
+    assert last["left_seconds"] == pytest.approx(0, abs=1e-6)
+
+
+def test_without_a_terminal_there_are_few_plain_lines() -> None:
+    out = io.StringIO()
+    run(Progress(Console(file=out, width=200)))
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert len(text.splitlines()) <= 3
+    assert "6/6 done; 1 failed" in text
+
+
+def test_a_terminal_shows_stage_bar_failures_and_front() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    show = Progress(console)
+    done = run(show)
+    console.print(show)
+    text = out.getvalue()
+    for words in ("finished", "6/6", "1 failed", "front so far", "activation both 30%"):
+        assert words in text
+    smallest = front(points(done))[0]
+    assert f"{smallest.psnr:.2f} dB" in text
+
+
+def test_gpu_use_comes_from_nvidias_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '87, 4096, 143771'\necho '3, 0, 143771'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_use() == [GpuUse(87, 4096, 143771), GpuUse(3, 0, 143771)]
+    assert progress._gpus(gpu_use()).startswith("GPU 0: 87 %, 4.0 of 140 GiB")
+    tool.write_text("#!/bin/sh\necho broken\n")
+    assert gpu_use() == []
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert gpu_use() == []
