@@ -28,20 +28,16 @@ from torch.nn.functional import normalize
 
 from nerf.encoding import encode
 from nerf.field import Field, FieldShape
+from nerf.kernels.hopper import Build
 from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 
 IMAGE = 504 * 378 * 192  # evaluations of an image at 64 + 128 a ray
 START = time.time()
 VARIANTS = {
-    "triton 128r 8w 3s": Launch(block=128, warps=8, stages=3),
-    "triton 128r 8w 3s 4g": Launch(block=128, warps=8, stages=3, gradient_stages=4),
-    "hopper 2g 4s": HOPPER,
-    "hopper 2g 3s": replace(HOPPER, stages=3, backward_stages=4, gradient_stages=3),
-    "hopper 2g turns": replace(HOPPER, turns=True),
-    "hopper 3g 3s": replace(HOPPER, groups=3, stages=3, backward_groups=3, backward_stages=4),
-    "hopper 3g turns": replace(
-        HOPPER, groups=3, stages=3, backward_groups=3, backward_stages=4, turns=True
-    ),
+    "triton": Launch(),
+    "hopper": HOPPER,
+    "hopper no turns": replace(HOPPER, build=Build(turn=0)),
+    "hopper turns of 2": replace(HOPPER, build=Build(turn=2)),
 }
 WIDTHS = (256, 243, 224, 192, 160, 128, 96, 64, 48, 32)
 

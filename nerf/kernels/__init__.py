@@ -8,7 +8,8 @@
 - `chain`: forward and backward chains, plain Triton;
 - `gradients`: weight gradients, their reduction, and packing, plain Triton;
 - `volume`: what happens between the networks: a step's rays, sampling, compositing; `adam`: Adam;
-- `hopper_chain`, `hopper_gradients`: the same for compute capability 9.0, in Gluon;
+- `hopper`: compiles and launches the same for compute capability 9.0, in CUDA
+  (`hopper_chain.cu`, `hopper_gradients.cu`, `hopper_merge.cu`);
 - `mlp`: `PackedField` (evaluation) and `FusedField` (training).
 """
 

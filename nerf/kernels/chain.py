@@ -4,7 +4,7 @@ A program carries a block of rows through all layers. Activations go through a b
 (see `nerf.kernels.plan`) that stays in the L2 cache when it is only a scratch, and that is what the
 weight gradients read when it is kept. The kernels are generic in every width: a table of steps
 says what to multiply with what. They run on any GPU that Triton supports, and in its interpreter;
-`nerf.kernels.hopper_chain` is the version for Hopper GPUs.
+`hopper_chain.cu` is the version for Hopper GPUs.
 """
 
 import triton

@@ -13,7 +13,9 @@ W_view, F = W_feature, b_f its bias, dM = Σ δ hᵀ and δ the deltas of view, 
 Importing this module needs Triton; `nerf.kernels.available` says whether that works here.
 """
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,11 +25,23 @@ from torch.nn.functional import pad
 
 from nerf.encoding import encode
 from nerf.field import Field, FieldShape
-from nerf.kernels import chain, gradients
-from nerf.kernels.plan import CHUNK, SLOT, padded_rows, plan_for
+from nerf.kernels import chain, gradients, hopper
+from nerf.kernels.plan import (
+    CHUNK,
+    SLOT,
+    Plan,
+    padded_rows,
+    plan_for,
+    swizzled,
+)
+
+log = logging.getLogger(__name__)
 
 GATHER_BLOCK = 1024  # elements a program packs
 REDUCE_BLOCK = 512  # gradients a program sums up
+PACK_BLOCK = 2048  # elements a program packs (`pack_weights`, hopper_merge.cu)
+DEFAULT_BUILD = hopper.Build()
+RAYS = 8  # rays a program of `ray_gradients` (hopper_merge.cu) takes
 
 
 @dataclass(frozen=True)
@@ -35,38 +49,37 @@ class Launch:
     """How the kernels are launched; the defaults are the best measured (docs/results/speed.md).
 
     Attributes:
-        kind: "triton" (any GPU) or "hopper" (compute capability 9.0).
+        kind: "triton" (any GPU) or "hopper" (compute capability 9.0; CUDA, `nerf.kernels.hopper`).
         block: rows a program carries ("triton").
         warps: warps a program has ("triton").
-        stages: depth of the pipeline of weights.
-        groups: warp groups of 64 rows each, 2 or 3 ("hopper"; more do not fit).
-        backward_stages: as `stages`, of the backward chain ("hopper").
-        backward_groups: as `groups`, of the backward chain ("hopper").
-        turns: whether warp groups take turns at the tensor cores ("hopper").
+        stages: depth of the pipeline of weights ("triton").
         gradient_rows: rows a step of the weight gradients takes ("triton").
-        gradient_stages: depth of the pipeline of the weight gradients.
+        gradient_stages: depth of the pipeline of the weight gradients ("triton").
         dtype: what the matrix products read; fp32 (for tests) needs "triton".
+        build: compile-time constants ("hopper").
     """
 
     kind: str = "triton"
     block: int = 128
     warps: int = 8
     stages: int = 3
-    groups: int = 2
-    backward_stages: int = 5
-    backward_groups: int = 2
-    turns: bool = False
     gradient_rows: int = 64
-    gradient_stages: int = 3
+    gradient_stages: int = 4
     dtype: torch.dtype = torch.bfloat16
+    build: hopper.Build = DEFAULT_BUILD
 
 
-HOPPER = Launch(kind="hopper", stages=4, gradient_stages=4)
+HOPPER = Launch(kind="hopper")
 
 
-def default_launch(device: torch.device, shape: FieldShape) -> Launch:  # noqa: ARG001
-    """The fastest launch of a network on a device that is known to be right there."""
-    return Launch()  # HOPPER deadlocks, see docs/results/speed-notes.md
+def default_launch(device: torch.device, shape: FieldShape) -> Launch:
+    """The fastest launch of a network on a device."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        reason = hopper.unavailable() or hopper.unsupported(plan_for(shape))
+        if reason is None:
+            return HOPPER
+        log.info("no Hopper kernels for this network: %s", reason)
+    return Launch()
 
 
 def programs(device: torch.device) -> int:
@@ -102,6 +115,8 @@ class PackedField:
             self.direction = pad(from_direction, (0, 0, 0, padding))
             self.constant = pad((weights["view.bias"].double() + constant).float(), (0, padding))
             self.tiles = self.plan.forward_tiles(weights).to(self.launch.dtype)
+            if self.launch.kind == "hopper":
+                self.tiles = swizzled(self.tiles)
             self.vector = self.plan.vector(weights)
         self.table = self.plan.table().to(device)
         self.programs = programs(device)
@@ -147,6 +162,36 @@ class PackedField:
         return density, rgb
 
 
+def chain_grid(tiles: int, programs: int) -> int:
+    """Programs to launch of a chain over tiles of 64 rows."""
+    return min(triton.cdiv(tiles, 2), programs)
+
+
+def forward_arguments(
+    plan: Plan,
+    origins: Tensor,
+    directions: Tensor,
+    distances: Tensor,
+    share: Tensor,
+    table: Tensor,
+    tiles: Tensor,
+    vector: Tensor,
+    activations: Tensor,
+    gates: Tensor,
+    density: Tensor,
+    rgb: Tensor,
+    rows: int,
+    row_tiles: int,
+) -> Any:
+    """The structure `Forward` of `hopper_chain.cu`."""
+    return hopper.structure(
+        origins, directions, distances, share, table, tiles, vector, activations, gates, density,
+        rgb, rows, distances.shape[1], row_tiles, plan.activations, len(plan.forward),
+        plan.density_at, plan.rgb_at, plan.heads_bias_at, plan.shape.point_octaves,
+        plan.vector_size,
+    )  # fmt: skip
+
+
 def launch_forward(
     packed: PackedField,
     origins: Tensor,
@@ -160,9 +205,15 @@ def launch_forward(
     plan, launch = packed.plan, packed.launch
     rows = distances.numel()
     if launch.kind == "hopper":
-        from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
-
-        hopper_chain.evaluate(packed, origins, directions, distances, share, density, rgb)
+        device = hopper.kernels(launch.build, distances.device.index or 0, "chain")
+        arguments = forward_arguments(
+            plan, origins, directions, distances, share, packed.table, packed.tiles,
+            packed.vector, packed.tiles, packed.tiles, density, rgb, rows, triton.cdiv(rows, CHUNK),
+        )  # fmt: skip
+        grid = chain_grid(triton.cdiv(rows, CHUNK), packed.programs)
+        device.launch(
+            "forward_render", (grid, 1), hopper.THREADS, launch.build.chain_bytes, arguments
+        )
         return
     count = min(triton.cdiv(rows, launch.block), packed.programs)
     if packed._scratch is None or packed._scratch.shape[1] < count * launch.block:
@@ -218,16 +269,25 @@ class FusedField:
         self.gradients = self.extended_gradients[: plan.count]
         self._weights = plan.views(self.extended)
         self._grads = plan.views(self.extended_gradients)
-        self._forward_index = plan.forward_index.to(device)
-        self._backward_index = plan.backward_index.to(device)
+        on_hopper = self.launch.kind == "hopper"
+
+        def index(tiles: Tensor) -> Tensor:
+            return (swizzled(tiles.view(-1, CHUNK, CHUNK)).view(-1) if on_hopper else tiles).to(
+                device
+            )
+
+        self._forward_index = index(plan.forward_index)
+        self._backward_index = index(plan.backward_index)
         self._vector_index = plan.vector_index.to(device)
-        self._gradient_index = plan.gradient_index.to(device)
+        found = plan.stored_gradient_index if on_hopper else plan.gradient_index
+        self._gradient_index = found.to(device)
         self.table = plan.table().to(device)
         self.backward_table = plan.table(backward=True).to(device)
         self.tiles = empty(len(plan.forward_index), dtype=dtype)
         self.backward_tiles = empty(len(plan.backward_index), dtype=dtype)
         self.vector = empty(plan.vector_size)
-        items, first, slots = plan.work(self.padded, self.programs)
+        split = plan.work_in_pairs if on_hopper else plan.work
+        items, first, slots = split(self.padded, self.programs)
         self.items, self.first_item, self.slots = (t.to(device) for t in (items, first, slots))
         self.partials = empty(len(items), SLOT)
         self.activations = empty(plan.activations, self.padded, CHUNK, dtype=dtype)
@@ -236,10 +296,13 @@ class FusedField:
         self.constant = empty(shape.view)
         self.density = empty(rays, samples)
         self.rgb = empty(rays, samples, 3)
-        if self.launch.kind == "hopper":
-            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
-
-            self.hopper = hopper_chain.Buffers(self)
+        if on_hopper:
+            tiles = self.padded // CHUNK
+            self.activations = self.activations.view(tiles, plan.activations, CHUNK, CHUNK)
+            self.deltas = self.deltas.view(tiles, plan.deltas, CHUNK, CHUNK)
+            self.gates = empty(len(plan.forward), tiles, 128, 4, dtype=torch.int32)
+            self.ray_parts = empty(triton.cdiv(rays, RAYS), shape.view, shape.direction_features)
+            self.hopper = hopper.kernels(self.launch.build, device.index or 0, *hopper.MODULES)
 
     def load(self, field: Field) -> None:
         """Copy the weights of a `Field` and pack them."""
@@ -261,6 +324,19 @@ class FusedField:
     @torch.no_grad()
     def pack(self) -> None:
         """Refresh the bf16 copies after the master weights changed."""
+        if self.launch.kind == "hopper":
+            self.hopper.launch(
+                "merge", (self.shape.view, 1), 1024, 0, self._merged(), self.extended, self.constant
+            )
+            counts = len(self._forward_index), len(self._backward_index), len(self._vector_index)
+            arguments = hopper.structure(
+                self.extended, self._forward_index, self._backward_index, self._vector_index,
+                self.tiles, self.backward_tiles, self.vector, *counts,
+            )  # fmt: skip
+            self.hopper.launch(
+                "pack_weights", (triton.cdiv(max(counts), PACK_BLOCK), 3), 256, 0, arguments
+            )
+            return
         from_feature, _ = self._view_parts(self._weights)
         torch.mm(from_feature, self._weights["feature.weight"], out=self._weights["mix.weight"])
         torch.addmv(
@@ -308,9 +384,12 @@ class FusedField:
         )
         plan, launch = self.plan, self.launch
         if launch.kind == "hopper":
-            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
-
-            hopper_chain.forward(self, origins, directions, distances)
+            tiles = self.padded // CHUNK
+            arguments = forward_arguments(
+                plan, origins, directions, distances, self.share, self.table, self.tiles,
+                self.vector, self.activations, self.gates, self.density, self.rgb, self.rows, tiles,
+            )  # fmt: skip
+            self._chain("forward_train", arguments)
             return self.density, self.rgb
         grid = (triton.cdiv(self.padded, launch.block),)
         chain.forward_chain[grid](
@@ -341,13 +420,22 @@ class FusedField:
         self.backward_weights()
         return self.gradients
 
+    def _chain(self, name: str, arguments: Any) -> None:
+        build = self.launch.build
+        grid = chain_grid(self.padded // CHUNK, self.programs)
+        self.hopper.launch(name, (grid, 1), hopper.THREADS, build.chain_bytes, arguments)
+
     def backward_deltas(self, g_density: Tensor, g_rgb: Tensor) -> None:
         """The backward chain alone: deltas of every layer."""
         plan, launch = self.plan, self.launch
         if launch.kind == "hopper":
-            from nerf.kernels import hopper_chain  # noqa: PLC0415  (needs Triton's Gluon)
-
-            hopper_chain.backward(self, g_density, g_rgb)
+            arguments = hopper.structure(
+                g_density, g_rgb, self.backward_table, self.backward_tiles, self.vector,
+                self.gates, self.deltas, self.rows, self.padded // CHUNK, plan.deltas,
+                len(plan.backward), plan.forward[-1].outputs, plan.delta_of["view"],
+                plan.density_at, plan.rgb_at, plan.vector_size,
+            )  # fmt: skip
+            self._chain("backward", arguments)
             return
         grid = (triton.cdiv(self.padded, launch.block),)
         chain.backward_chain[grid](
@@ -375,9 +463,14 @@ class FusedField:
         """The products of deltas and activations, before their reduction."""
         launch = self.launch
         if launch.kind == "hopper":
-            from nerf.kernels import hopper_gradients  # noqa: PLC0415  (needs Triton's Gluon)
-
-            hopper_gradients.partial_gradients(self)
+            arguments = hopper.structure(
+                self.deltas, self.activations, self.items, self.first_item, self.partials,
+                self.plan.deltas, self.plan.activations,
+            )  # fmt: skip
+            self.hopper.launch(
+                "weight_gradients", (self.programs, 1), hopper.THREADS,
+                launch.build.gradient_bytes, arguments,
+            )  # fmt: skip
         else:
             gradients.partial_gradients[(self.programs,)](
                 self.deltas, self.activations, self.items, self.first_item, self.partials,
@@ -385,9 +478,39 @@ class FusedField:
                 num_stages=launch.gradient_stages,
             )  # fmt: skip
 
+    def _merged(self) -> Any:
+        """The structure `Merged` of `hopper_merge.cu`."""
+        names = ("view.weight", "view.bias", "feature.weight", "feature.bias")
+        shape, plan = self.shape, self.plan
+        return hopper.structure(
+            *(plan.parameters[name][0] for name in names), plan.count, shape.view, shape.feature,
+            shape.trunk[-1], shape.direction_features,
+        )  # fmt: skip
+
+    def _unmerge_hopper(self) -> None:
+        plan, shape = self.plan, self.shape
+        parts = len(self.ray_parts)
+        arguments = hopper.structure(
+            self.deltas, self._encoded_directions, self.ray_parts, self.rays, self.samples,
+            plan.deltas, plan.delta_of["view"], plan.forward[-1].outputs, shape.view,
+            shape.direction_features,
+        )  # fmt: skip
+        self.hopper.launch("ray_gradients", (parts, 1), 512, 0, arguments)
+        feature, last = triton.cdiv(shape.feature, 32), triton.cdiv(shape.trunk[-1], 32)
+        tiles = triton.cdiv(shape.view, 16) * feature + triton.cdiv(shape.feature, 16) * last
+        directions = triton.cdiv(shape.view * shape.direction_features, 64)
+        grid = tiles + triton.cdiv(shape.feature, 64) + directions
+        self.hopper.launch(
+            "unmerge", (grid, 1), 256, 0, self._merged(), self.extended, self.extended_gradients,
+            self.ray_parts, parts,
+        )  # fmt: skip
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Gradients of feature and view from those of `mix` and of each ray's share."""
+        if self.launch.kind == "hopper":
+            self._unmerge_hopper()
+            return
         weights, grads = self._weights, self._grads
         first, chunks = self.plan.delta_of["view"], self.plan.forward[-1].outputs
         view = self.shape.view

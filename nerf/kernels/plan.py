@@ -31,7 +31,6 @@ from nerf.field import FieldShape
 
 CHUNK = 64
 MAX_CHUNKS = 4  # the widest layer the kernels take is 256 channels
-MAX_VIEW_CHUNKS = 2  # of the view layer, in the Hopper kernels
 ROWS = 128  # rows are padded to a multiple of this
 TABLE = 8  # integers a step takes in a table
 BLOCK_OUT = 2  # a gradient block is at most 2 chunks of outputs × 4 chunks of inputs
@@ -350,8 +349,8 @@ class Plan:
         """Block and place of each gradient, (extended, 2) int32; (-1, 0) where there is none.
 
         A block's slot holds 128 rows of 256 columns and, behind them, the 128 row sums of its
-        deltas (the bias gradients). What has no place (feature, and the two shares of view) is
-        computed from `mix` and `share`.
+        deltas (the bias gradients). What has no place (feature, and the weights of view) is
+        computed from `mix` and the sums of deltas.
         """
         block = torch.full((self.extended,), -1, dtype=torch.int32)
         place = torch.zeros(self.extended, dtype=torch.int32)
@@ -403,6 +402,7 @@ class Plan:
         assign("mix.weight", "view", name)
         assign("density.weight", "heads", name)
         assign("rgb.weight", "heads", "view", channel=1)
+        assign_bias("view.bias", "view")
         assign_bias("density.bias", "heads")
         assign_bias("rgb.bias", "heads", channel=1)
         return torch.stack((block, place), 1)
@@ -455,6 +455,92 @@ class Plan:
             torch.tensor(slots, dtype=torch.int32),
         )
 
+    def work_in_pairs(self, rows: int, programs: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `work`, but the two blocks that read the same activations run side by side.
+
+        Programs 2i and 2i + 1 go through the same rows at the same time, so that one fetch of the
+        activations serves both. Both have as many items, with as many rows each; an item's last
+        integer tells whether its activations are those of the other program's.
+        """
+        groups, pairs = rows // CHUNK, programs // 2
+        together = self._partners()
+        costs = [max(self.blocks[i].cost for i in pair) / (2 / len(pair)) for pair in together]
+        limit = sum(costs) * groups / pairs
+        pieces: list[tuple[int, int, int, int]] = []  # program, block, first and end group
+        pair, spent = 0, 0.0
+        for members, cost in zip(together, costs, strict=True):
+            at = 0
+            while at < groups:
+                room = max(1, round((limit * (pair + 1) - spent) / cost))
+                if len(members) == 1:
+                    room += room % 2  # both programs of a pair take as many rows
+                end = groups if pair == pairs - 1 else min(groups, at + room)
+                if len(members) == 2:
+                    pieces += [(2 * pair + i, block, at, end) for i, block in enumerate(members)]
+                else:
+                    half = (at + end) // 2
+                    pieces.append((2 * pair, members[0], at, half))
+                    pieces.append((2 * pair + 1, members[0], half, end))
+                spent += (end - at) * cost
+                at = end
+                while pair < pairs - 1 and spent > limit * (pair + 1) - cost / 2:
+                    pair += 1
+        order = sorted(pieces, key=lambda piece: (piece[1], piece[2]))
+        slot_of = {piece: slot for slot, piece in enumerate(order)}
+        pieces.sort(key=lambda piece: piece[0])
+        in_step = {block for members in together if len(members) == 2 for block in members}
+        items = []
+        for piece in pieces:
+            block = self.blocks[piece[1]]
+            items.append((block.delta, block.deltas, block.source, block.sources,
+                          piece[2] * CHUNK, piece[3] * CHUNK, slot_of[piece],
+                          int(piece[1] in in_step)))  # fmt: skip
+        owners = torch.tensor([piece[0] for piece in pieces])
+        first = torch.searchsorted(owners, torch.arange(programs + 1))
+        blocks = torch.tensor([piece[1] for piece in order])
+        slots = torch.searchsorted(blocks, torch.arange(len(self.blocks) + 1))
+        return torch.tensor(items, dtype=torch.int32), first.int(), slots.int()
+
+    def _partners(self) -> list[list[int]]:
+        """Blocks that read the same activations, two by two where there are two."""
+        found: list[list[int]] = []
+        for at, block in enumerate(self.blocks):
+            for pair in found:
+                other = self.blocks[pair[0]]
+                if len(pair) == 1 and (
+                    (other.source, other.sources, other.delta + BLOCK_OUT)
+                    == (block.source, block.sources, block.delta)
+                ):
+                    pair.append(at)
+                    break
+            else:
+                found.append([at])
+        return found
+
+    # How the CUDA kernels of compute capability 9.0 keep things (`hopper_mlp.cu`).
+
+    @cached_property
+    def stored_gradient_index(self) -> Tensor:
+        """`gradient_index` for chunks whose channels lie in the order of `STORED`.
+
+        All chunks do but the encoded point and the heads' deltas.
+        """
+        index = self.gradient_index.clone()
+        block, place = index[:, 0].long(), index[:, 1].long()
+        width = MAX_CHUNKS * CHUNK
+        of_block = torch.tensor([(b.delta, b.source) for b in self.blocks])[block.clamp_min(0)]
+        stored = torch.argsort(stored_order())  # of each channel
+        bias = place >= BLOCK_OUT * CHUNK * width
+        row = torch.where(bias, place - BLOCK_OUT * CHUNK * width, place // width)
+        column = torch.where(bias, 0, place % width)
+        heads = of_block[:, 0] + row // CHUNK == self.delta_of["heads"]
+        row = torch.where(heads, row, row // CHUNK * CHUNK + stored[row % CHUNK])
+        moved = column // CHUNK * CHUNK + stored[column % CHUNK]
+        column = torch.where(of_block[:, 1] == 0, column, moved)
+        place = torch.where(bias, BLOCK_OUT * CHUNK * width + row, row * width + column)
+        index[:, 1] = torch.where(block >= 0, place, 0).int()
+        return index
+
     # What it costs.
 
     def flops(self, padded: bool = False) -> int:
@@ -470,6 +556,26 @@ class Plan:
         mix = shape.view * shape.trunk[-1]
         apart = shape.view * shape.feature + shape.trunk[-1] * shape.feature
         return shape.flops() - 2 * (apart + shape.view * shape.direction_features - mix)
+
+
+def stored_order() -> Tensor:
+    """The channel that lies at each place of a stored chunk: int64 (64,).
+
+    Unit 4h + q (8 channels, 16 bytes) of a row holds channels 32h + 8j + 2q + {0, 1}, j = 0 to 3:
+    what one thread holds of a product's result.
+    """
+    place = torch.arange(CHUNK)
+    half, quarter, j, low = place // 32, place // 8 % 4, place // 2 % 4, place % 2
+    return 32 * half + 8 * j + 2 * quarter + low
+
+
+def swizzled(tiles: Tensor) -> Tensor:
+    """Tiles (…, 64, 64) as shared memory holds them: 8 columns wide units exchanged in each row."""
+    row, unit = torch.arange(CHUNK)[:, None], torch.arange(8)[None, :]
+    where = (unit ^ (row % 8)).to(tiles.device)
+    units = tiles.reshape(-1, CHUNK, 8, 8)
+    moved = units.gather(2, where[None, :, :, None].expand_as(units))
+    return moved.reshape(tiles.shape)
 
 
 @lru_cache(maxsize=64)

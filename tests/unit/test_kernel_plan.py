@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from nerf.field import Field, FieldShape
-from nerf.kernels.plan import CHUNK, MAX_CHUNKS, SLOT, WORK, Plan, padded_rows
+from nerf.kernels import hopper
+from nerf.kernels.plan import (
+    CHUNK,
+    MAX_CHUNKS,
+    SLOT,
+    WORK,
+    Plan,
+    padded_rows,
+    stored_order,
+    swizzled,
+)
 
 SHAPES = [
     FieldShape(),
@@ -44,7 +54,7 @@ def test_every_merged_gradient_has_a_place_of_its_own(plan):
     index = plan.gradient_index
     found = plan.views(index[:, 0].contiguous())
     for name, block in found.items():
-        computed = not name.startswith(("feature", "view"))
+        computed = not name.startswith(("feature", "view.weight"))
         assert (block >= 0).all() == computed, name
     known = index[index[:, 0] >= 0]
     assert len(torch.unique(known, dim=0)) == len(known)
@@ -85,6 +95,7 @@ def test_gradient_places_match_a_direct_computation(plan):
     h = columns(activations, plan.activation_of[name], width)
     d = columns(deltas, plan.delta_of["view"], plan.shape.view)
     torch.testing.assert_close(views["mix.weight"], d.t() @ h)
+    torch.testing.assert_close(views["view.bias"], d.sum(0))
     heads = deltas[plan.delta_of["heads"]]
     v = columns(activations, plan.activation_of["view"], plan.shape.view)
     torch.testing.assert_close(views["density.weight"], heads[:, :1].t() @ h)
@@ -121,3 +132,87 @@ def test_merged_flops():
 def test_too_wide_a_layer_is_refused():
     with pytest.raises(ValueError, match="wider than 256"):
         Plan(FieldShape(trunk=(257,) * 8))
+
+
+@pytest.mark.parametrize(("rows", "programs"), [(1, 132), (1000, 8), (131_072, 132)])
+def test_work_in_pairs_keeps_both_programs_of_a_pair_in_step(plan, rows, programs):
+    rows = padded_rows(rows)
+    items, first, slots = plan.work_in_pairs(rows, programs)
+    assert sorted(items[:, 6].tolist()) == list(range(int(slots[-1])))
+    groups = (items[:, 5] - items[:, 4]) // CHUNK
+    bounds = first.tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == len(items)
+    loads = []
+    for pair in range(0, programs, 2):
+        a, b = (slice(bounds[pair + i], bounds[pair + i + 1]) for i in (0, 1))
+        assert torch.equal(groups[a], groups[b])
+        assert torch.equal(items[a, 7], items[b, 7])
+        together = items[a, 7] == 1
+        assert torch.equal(items[a][together, 2:6], items[b][together, 2:6])
+        loads.append(int((groups[a] * (items[a, 1] + items[a, 3])).sum()))
+    assert max(loads) <= 1.02 * sum(loads) / len(loads) + 12
+    by_slot = items[items[:, 6].argsort()]
+    for at, block in enumerate(plan.blocks):
+        mine = by_slot[slots[at] : slots[at + 1]].tolist()
+        assert all(item[:4] == [block.delta, block.deltas, block.source, block.sources]
+                   for item in mine)  # fmt: skip
+        assert mine[0][4] == 0
+        assert mine[-1][5] == rows
+        assert all(a[5] == b[4] for a, b in itertools.pairwise(mine))
+
+
+def test_stored_order_is_what_a_thread_of_a_product_holds():
+    """Thread q of 4 holds columns 8j + 2q + {0, 1}; its 16 bytes of a row are those of 4 j's."""
+    order = stored_order().view(2, 4, 8).tolist()
+    for half, quarter in itertools.product(range(2), range(4)):
+        columns = [32 * half + 8 * j + 2 * quarter + i for j in range(4) for i in range(2)]
+        assert order[half][quarter] == columns
+
+
+def test_stored_gradients_are_found_where_stored_chunks_put_them(plan):
+    """A slot computed from chunks in stored order holds the same gradients, at other places."""
+    width, sums = MAX_CHUNKS * CHUNK, 2 * CHUNK * MAX_CHUNKS * CHUNK
+    slots = torch.randn(len(plan.blocks), SLOT)
+    stored = torch.empty_like(slots)
+    order = stored_order()
+    for at, block in enumerate(plan.blocks):
+        rows = torch.arange(2 * CHUNK).view(2, CHUNK)
+        columns = torch.arange(width).view(-1, CHUNK)
+        for i in range(block.deltas):
+            if block.delta + i != plan.delta_of["heads"]:
+                rows[i] = rows[i][order]
+        if block.source != 0:
+            columns = columns[:, order]
+        rows, columns = rows.reshape(-1), columns.reshape(-1)
+        product = slots[at, :sums].view(2 * CHUNK, width)
+        stored[at, :sums] = product[rows][:, columns].reshape(-1)
+        stored[at, sums:] = slots[at, sums:][rows]
+    (block, place), (same, moved) = (
+        index.long().unbind(1) for index in (plan.gradient_index, plan.stored_gradient_index)
+    )
+    known = block >= 0
+    assert torch.equal(block, same)
+    assert torch.equal(slots[block, place][known], stored[same, moved][known])
+
+
+def test_swizzled_tiles_exchange_units_by_row():
+    tile = torch.arange(64 * 64).view(1, 64, 64)
+    found = swizzled(tile)[0].view(64, 8, 8)
+    for row, unit in itertools.product(range(64), range(8)):
+        start = row * 64 + (unit ^ (row % 8)) * 8
+        assert found[row, unit].tolist() == list(range(start, start + 8))
+    assert torch.equal(swizzled(swizzled(tile)), tile)
+
+
+def test_shared_memory_of_the_hopper_kernels_fits():
+    build = hopper.Build()
+    assert build.chain_bytes <= hopper.SHARED_LIMIT
+    assert build.gradient_bytes <= hopper.SHARED_LIMIT
+
+
+def test_networks_that_the_hopper_kernels_cannot_run_are_told_why():
+    assert hopper.unsupported(Plan(FieldShape())) is None
+    deep = FieldShape(trunk=(256,) * 16, skip=None)
+    assert "biases" in hopper.unsupported(Plan(deep))
+    assert "feature" in hopper.unsupported(Plan(FieldShape(feature=300)))

@@ -1,0 +1,351 @@
+"""Compiling and launching the CUDA kernels (`hopper_*.cu`, compute capability 9.0).
+
+The source is compiled once with NVRTC, which PyTorch brings along, and kept in the user's cache
+directory; nothing needs a CUDA toolkit. Triton is not involved.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nerf.kernels.plan import CHUNK, MAX_CHUNKS, Plan
+
+SHARED_LIMIT = 232_448  # bytes of shared memory a program may have
+THREADS = 384
+TILE = 8192  # bytes
+VECTOR_LIMIT = 4096  # biases and heads that fit into shared memory behind the ring
+STEP_LIMIT = 40
+
+
+def unsupported(plan: Plan) -> str | None:
+    """Why the kernels cannot run a network; None if they can."""
+    if len(plan.forward) > STEP_LIMIT:
+        return f"it has more than {STEP_LIMIT - 1} hidden layers"
+    if plan.vector_size > VECTOR_LIMIT:
+        return f"its biases and heads take {plan.vector_size} of {VECTOR_LIMIT} numbers"
+    if plan.shape.feature > MAX_CHUNKS * CHUNK:
+        return f"its feature layer is wider than {MAX_CHUNKS * CHUNK} channels"
+    if plan.shape.direction_features > CHUNK:
+        return f"its directions have more than {CHUNK} features"
+    return None
+
+
+@dataclass(frozen=True)
+class Build:
+    """Compile-time constants of the kernels.
+
+    Attributes:
+        stages: slots of the ring of weights, 32 KiB each.
+        turn: chunks of inputs after which the two warp groups take turns at the tensor cores;
+            0: they do not.
+        store: cache operator of the stores of activations and deltas, as PTX writes it.
+        gradient_stages: slots of the ring of the weight gradients, 48 KiB each.
+        gradient_cluster: programs that share the activations they fetch for these, 1 or 2.
+        watch: for debugging: polls after which a wait is reported and the kernel ended; 0 never.
+    """
+
+    stages: int = 6
+    turn: int = 5
+    store: str = ""
+    gradient_stages: int = 4
+    gradient_cluster: int = 1
+    watch: int = 0
+
+    @property
+    def chain_bytes(self) -> int:
+        """Shared memory of the chains."""
+        return self.stages * 4 * TILE + 2 * TILE + 256 + STEP_LIMIT * 32 + VECTOR_LIMIT * 4
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Shared memory of the weight gradients."""
+        return self.gradient_stages * 6 * TILE + 1024 + 16 * self.gradient_stages
+
+
+def _wrapper(name: str, columns: int, operands: Sequence[tuple[str, str, str]], tail: str) -> str:
+    """One wgmma instruction, m64 n`columns` k16, bf16 into fp32, as a function.
+
+    Args:
+        name: of the function.
+        columns: of the accumulator.
+        operands: declaration, constraint and register expressions of what it reads.
+        tail: its immediates.
+    """
+    count = columns // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    reads, inputs, at = [], [], count
+    for _, constraint, expressions in operands:
+        names = expressions.split(";")
+        text = ", ".join(f"%{at + i}" for i in range(len(names)))
+        reads.append(f"{{{text}}}" if len(names) > 1 else text)
+        inputs += [f'"{constraint}"({x})' for x in names]
+        at += len(names)
+    arguments = ", ".join(x for x, _, _ in operands)
+    size = max(4, count) if columns < 64 else 128
+    return (
+        f"{name}(float (&d)[{size}], {arguments}) {{\n"
+        f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "\n'
+        f'        "{{{registers}}}, {", ".join(reads)}, 1, 1, 1, {tail};"\n'
+        f"        : {outputs} : {', '.join(inputs)});\n}}\n"
+    )
+
+
+_LEFT, _RIGHT = ("u64 a", "l", "a"), ("u64 b", "l", "b")
+_FRAGMENT = ("u32 (&a)[4]", "r", "a[0];a[1];a[2];a[3]")
+_KINDS = {
+    # 64 rows of activations in registers, or in shared memory, times weights.
+    "mma_registers": ((_FRAGMENT, _RIGHT), "0"),
+    "mma_shared": ((_LEFT, _RIGHT), "0, 0"),
+    # Both operands with the summed dimension across: deltas' transpose times activations.
+    "mma_across": ((_LEFT, _RIGHT), "1, 1"),
+}
+
+
+def _wrappers(*kinds: str) -> str:
+    start = "__device__ __forceinline__ void "
+    text = []
+    for name in kinds:
+        operands, tail = _KINDS[name]
+        arguments = ", ".join(x for x, _, _ in operands)
+        text.append(f"template <int N> {start}{name}(float (&d)[128], {arguments});\n")
+        for chunks in (1, 2, 3, 4):
+            text.append(f"template <> {start}")
+            text.append(_wrapper(f"{name}<{chunks}>", 64 * chunks, operands, tail))
+    return "".join(text)
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One file of kernels: the constants and the instructions it uses, and its kernels."""
+
+    constants: tuple[str, ...]
+    wrappers: tuple[str, ...]
+    kernels: tuple[str, ...]
+
+
+MODULES = {
+    "chain": _Module(
+        ("stages", "turn", "store"),
+        ("mma_registers", "mma_shared"),
+        ("forward_render", "forward_train", "backward"),
+    ),
+    "gradients": _Module(
+        ("gradient_stages", "gradient_cluster"), ("mma_across",), ("weight_gradients",)
+    ),
+    "merge": _Module((), (), ("merge", "pack_weights", "ray_gradients", "unmerge")),
+}
+
+
+def source(module: str, build: Build) -> str:
+    """The whole CUDA source of a module."""
+    spec = MODULES[module]
+    definitions: dict[str, object] = {
+        name.upper(): f'"{value}"' if isinstance(value := getattr(build, name), str) else value
+        for name in spec.constants
+    }
+    if build.watch:
+        definitions["WATCH"] = build.watch
+    text = "".join(f"#define {name} {value}\n" for name, value in definitions.items())
+    text += "typedef unsigned int u32;\ntypedef unsigned long long u64;\n" + _wrappers(
+        *spec.wrappers
+    )
+    if module == "gradients":
+        text += "__device__ __forceinline__ void " + _wrapper(
+            "mma_ones", 8, (_LEFT, _RIGHT), "1, 0"
+        )
+    files = resources.files("nerf.kernels")
+    return text + "".join(
+        files.joinpath(f"hopper_{name}.cu").read_text() for name in ("common", module)
+    )
+
+
+# Compiling.
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "prunefield" / "kernels"
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "").split(".")[0]
+    for name in (f"libnvrtc.so.{major}", "libnvrtc.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise OSError("NVRTC, which compiles the fused kernels, was not found")
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be compiled here; None if they can."""
+    try:
+        _nvrtc()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _compile(text: str) -> bytes:
+    """Compile CUDA source for sm_90a to a cubin."""
+    library = _nvrtc()
+    program = ctypes.c_void_p()
+
+    def check(code: int) -> None:
+        if code != 0:
+            library.nvrtcGetErrorString.restype = ctypes.c_char_p
+            raise RuntimeError(f"NVRTC: {library.nvrtcGetErrorString(code).decode()}")
+
+    check(
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), text.encode(), b"hopper.cu", 0, None, None
+        )
+    )
+    options = (b"--gpu-architecture=sm_90a", b"--std=c++17", b"--device-as-default-execution-space")
+    array = (ctypes.c_char_p * len(options))(*options)
+    size = ctypes.c_size_t()
+    try:
+        if library.nvrtcCompileProgram(program, len(options), array) != 0:
+            check(library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
+            log = ctypes.create_string_buffer(size.value)
+            check(library.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"the fused kernels do not compile: {log.value.decode()[:2000]}")
+        check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        check(library.nvrtcGetCUBIN(program, cubin))
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+def cubin(module: str, build: Build) -> bytes:
+    """A compiled module, from the cache if it was compiled before."""
+    text = source(module, build)
+    name = hashlib.sha256(f"{torch.version.cuda}\n{text}".encode()).hexdigest()[:32]
+    path = _cache() / f"{name}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = _compile(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+            part.write(code)
+        Path(part.name).replace(path)
+    except OSError:
+        pass  # a cache that cannot be written costs a compile, nothing else
+    return code
+
+
+# Launching.
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _checked(code: int, what: str) -> None:
+    if code != 0:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(message))
+        text = message.value.decode() if message.value else f"error {code}"
+        raise RuntimeError(f"CUDA, {what}: {text}")
+
+
+class Kernels:
+    """The kernels of one build on one device; modules are compiled and loaded when first used."""
+
+    def __init__(self, build: Build, device: int) -> None:
+        self.build = build
+        self._device = device
+        self._modules: dict[str, ctypes.c_void_p] = {}
+        self._functions: dict[str, ctypes.c_void_p] = {}
+
+    def load(self, module: str) -> None:
+        """Make a module's kernels ready to launch (before a CUDA graph is captured)."""
+        if module in self._modules:
+            return
+        handle = ctypes.c_void_p()
+        size = {"chain": self.build.chain_bytes, "gradients": self.build.gradient_bytes}
+        code = cubin(module, self.build)
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()  # there is a context now
+            _checked(_driver().cuModuleLoadData(ctypes.byref(handle), code), "loading")
+            for name in MODULES[module].kernels:
+                function = ctypes.c_void_p()
+                get = _driver().cuModuleGetFunction
+                _checked(get(ctypes.byref(function), handle, name.encode()), name)
+                if module in size:
+                    # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    _checked(_driver().cuFuncSetAttribute(function, 8, size[module]), name)
+                self._functions[name] = function
+        self._modules[module] = handle
+
+    def reports(self) -> list[tuple[int, ...]]:
+        """What waited too long ("watch" builds): program, thread, place, 2 · barrier + parity."""
+        found = []
+        for module in self._modules.values():
+            address, size = ctypes.c_uint64(), ctypes.c_size_t()
+            get = _driver().cuModuleGetGlobal_v2
+            _checked(get(ctypes.byref(address), ctypes.byref(size), module, b"reports"), "reports")
+            values = (ctypes.c_int * (size.value // 4))()
+            torch.cuda.synchronize(self._device)
+            _checked(_driver().cuMemcpyDtoH_v2(values, address, size), "reports")
+            found += [tuple(values[1 + 4 * i : 5 + 4 * i]) for i in range(min(values[0], 64))]
+        return found
+
+    def launch(
+        self, name: str, grid: tuple[int, int], threads: int, shared: int, *arguments: Any
+    ) -> None:
+        """Launch a kernel on PyTorch's current stream; tensors are passed as pointers."""
+        values = [x if isinstance(x, ctypes.Structure) else _value(x) for x in arguments]
+        array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = _driver().cuLaunchKernel(
+            self._functions[name], grid[0], grid[1], 1, threads, 1, 1, shared, stream, array, None
+        )
+        _checked(code, name)
+
+
+def _value(x: Any) -> Any:
+    return ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int(x)
+
+
+def structure(*values: Tensor | int) -> ctypes.Structure:
+    """Tensors (as pointers) and integers as one C structure, in this order."""
+    fields = [
+        (f"f{i}", ctypes.c_void_p if isinstance(x, Tensor) else ctypes.c_int)
+        for i, x in enumerate(values)
+    ]
+    kind = _structure_type(tuple(fields))
+    return kind(*(x.data_ptr() if isinstance(x, Tensor) else x for x in values))
+
+
+@functools.cache
+def _structure_type(fields: tuple[tuple[str, Any], ...]) -> type[ctypes.Structure]:
+    return type("Arguments", (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+@functools.cache
+def _kernels(build: Build, device: int) -> Kernels:
+    return Kernels(build, device)
+
+
+def kernels(build: Build, device: int, *modules: str) -> Kernels:
+    """The kernels of a build on a device; the named modules are compiled and loaded."""
+    found = _kernels(build, device)
+    for module in modules:
+        found.load(module)
+    return found
