@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants, services
+from ray._private.state import state as ray_state
 
+from orchestrator.auth import settle_here
 from orchestrator.errors import ClusterError
 from orchestrator.log import logger
 from orchestrator.scheduler.queue import LANE
 from orchestrator.spec import Resources, StageResources
 
+MANY_NODES = 64  # for an autoscaler without a limit
 AUTO_GPUS = {"train": 1.0, "prune": 0.25}
 # Ray prints much at start-up that no user of a sweep can act on.
 QUIET = {
@@ -29,8 +32,8 @@ LOOPBACK_VARIABLE = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """Ray for the time of a block.
+def connected() -> Iterator[bool]:
+    """Ray for the time of a block; gives whether other sweeps may be there too.
 
     A process that is already connected stays so. Otherwise ``RAY_ADDRESS``, or the cluster that
     ``ray start`` made this machine part of, is joined; where there is none, one is started on
@@ -40,23 +43,24 @@ def connected() -> Iterator[None]:
         ClusterError: an address was given and no cluster answers there.
     """
     if ray.is_initialized():
-        yield
+        yield True
         return
     with environment(QUIET):
         if _join():
             try:
-                yield
+                yield True
             finally:
                 _leave()
         else:
             with _private_cluster():
-                yield
+                yield False
 
 
 def _join() -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address == "local" or not (address or _started_here()):
         return False
+    settle_here()
     try:
         ray.init(address="auto", logging_level=logging.WARNING, log_to_driver=False)
     except ConnectionError as error:
@@ -155,7 +159,7 @@ def requests(resources: Resources) -> dict[str, dict[str, float]]:
         "train": _request("train", resources.train),
         LANE: _request("prune", resources.prune),
     }
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     for stage, request in wanted.items():
         if not any(all(node.get(k, 0.0) >= v for k, v in request.items()) for node in nodes):
             have = [{k: node.get(k, 0.0) for k in ("CPU", "GPU")} for node in nodes]
@@ -169,12 +173,40 @@ def requests(resources: Resources) -> dict[str, dict[str, float]]:
 
 def capacity(request: Mapping[str, float]) -> int:
     """How many workers of a kind the whole cluster can hold at once."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return max(1, sum(int(min(n.get(k, 0.0) / v for k, v in request.items())) for n in nodes))
+    return max(1, sum(int(min(n.get(k, 0.0) / v for k, v in request.items())) for n in _nodes()))
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What each node has: those that are there, and those that the autoscaler may add."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return there + [
+        resources
+        for resources, most in node_groups()
+        for _ in range(most - sum(_alike(node, resources) for node in there))
+    ]
+
+
+def _alike(node: Mapping[str, float], group: Mapping[str, float]) -> bool:
+    return all(node.get(name, 0.0) == group.get(name, 0.0) for name in ("CPU", "GPU"))
+
+
+def node_groups() -> list[tuple[dict[str, float], int]]:
+    """The kinds of nodes that the cluster's autoscaler may start, and how many of each."""
+    config = ray_state.get_cluster_config()
+    if config is None:
+        return []
+    return [
+        (
+            {name: float(value) for name, value in group.resources.items()},
+            MANY_NODES if group.max_count < 0 else int(group.max_count),
+        )
+        for group in config.node_group_configs
+    ]
 
 
 def _request(stage: str, resources: StageResources) -> dict[str, float]:
-    has_gpu = ray.cluster_resources().get("GPU", 0.0) > 0
+    nodes = _nodes()
+    has_gpu = any(node.get("GPU", 0.0) > 0 for node in nodes)
     gpus = resources.gpus
     if gpus is None:
         gpus = AUTO_GPUS[stage] if has_gpu else 0.0
@@ -183,7 +215,7 @@ def _request(stage: str, resources: StageResources) -> dict[str, float]:
             f"`resources.{stage}.gpus` asks for {gpus:g}, but Ray sees no GPU here; use "
             "`gpus: auto` or `gpus: 0` to run on CPUs, or start the cluster with its GPUs"
         )
-    total = max(n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"])
+    total = max((n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) >= gpus), default=0.0)
     # A default that is larger than a small machine must not stop it.
-    cpus = min(resources.cpus, total)
+    cpus = min(resources.cpus, total) if total else resources.cpus
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}

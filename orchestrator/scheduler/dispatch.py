@@ -47,6 +47,7 @@ class WorkTable:
 
     def __init__(self, retries: int) -> None:
         self._retries = retries
+        self._limit: int | None = None
         self._ready: OrderedDict[str, deque[Item]] = OrderedDict()
         self._held: dict[str, Work] = {}
         self._unreported: dict[str, list[Work]] = {}
@@ -59,6 +60,10 @@ class WorkTable:
     def expect(self, more: bool) -> None:
         """Say whether more work will come, so that lanes without any wait for it."""
         self._expecting = more
+
+    def limit(self, lanes: int | None) -> None:
+        """Lanes beyond so many get nothing more, and so end."""
+        self._limit = lanes
 
     def offer(self, work: Iterable[Work], nodes: Mapping[Item, Node] | None = None) -> None:
         """Add items, each with the key of the model it works on, and nodes that workers lack."""
@@ -80,8 +85,9 @@ class WorkTable:
             self._lost.pop(lane, None)
         elif held is not None:
             self._unreported.setdefault(lane, []).append(held)
-        if not self._ready:
-            return Order(None, wait=self._expecting)
+        surplus = self._limit is not None and len(self._held) >= self._limit
+        if not self._ready or surplus:
+            return Order(None, wait=self._expecting and not surplus)
         key = model if model is not None and model in self._ready else next(iter(self._ready))
         item = self._ready[key].popleft()
         if not self._ready[key]:
@@ -161,6 +167,10 @@ class Dispatcher:
     def offer(self, work: Iterable[Work], nodes: Mapping[Item, Node] | None = None) -> None:
         """Add items, each with the key of the model it works on, see `WorkTable.offer`."""
         ray.get(self._table.offer.remote(list(work), nodes))
+
+    def limit(self, lanes: int | None) -> None:
+        """Let surplus lanes end, see `WorkTable.limit`."""
+        ray.get(self._table.limit.remote(lanes))
 
     def next(self, lane: str, model: str | None, reported: bool = False) -> Order:
         """The next item for a lane, see `WorkTable.next`."""

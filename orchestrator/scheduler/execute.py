@@ -20,6 +20,7 @@ from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
 from orchestrator.scheduler.seeking import SearchFeed
+from orchestrator.scheduler.shares import Shares
 from orchestrator.scheduler.worker import BenchMaker, StageTrainable
 from orchestrator.search.summary import is_finished
 from orchestrator.stages import Workbench
@@ -113,9 +114,9 @@ def execute(
         listener.started(queue.total)
     if queue.total == 0:
         return Outcome((), interrupted=False)
-    with connected():
+    with connected() as shared:
         try:
-            _fit(plan, store, origin, queue, bench)
+            _fit(plan, store, origin, queue, bench, Shares() if shared else None)
         finally:
             for feed in feeds:
                 feed.close()
@@ -125,13 +126,22 @@ def execute(
     return Outcome(tuple(failures), interrupted=queue.total > 0)
 
 
-def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue, bench: BenchMaker) -> None:
+def _fit(
+    plan: Plan,
+    store: Store,
+    origin: Origin,
+    queue: PlanQueue,
+    bench: BenchMaker,
+    shares: Shares | None,
+) -> None:
     wanted = requests(plan.sweep.resources)
     everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
     nodes: dict[Item, Node] = {item_of(node): node for node in everything}
     exchange, dispatcher = Exchange(), Dispatcher(plan.sweep.resources.retries)
     lanes = capacity(wanted[LANE])
     queue.connect(dispatcher, lanes)
+    if shares is not None:
+        queue.share(shares.sweeps, capacity(wanted["train"]))
     trainable = tune.with_resources(
         tune.with_parameters(
             StageTrainable,
@@ -165,6 +175,8 @@ def _fit(plan: Plan, store: Store, origin: Origin, queue: PlanQueue, bench: Benc
             ).fit()
     finally:
         queue.disconnect()
+        if shares is not None:
+            shares.leave()
         exchange.close()
         dispatcher.close()
         shutil.rmtree(scratch, ignore_errors=True)

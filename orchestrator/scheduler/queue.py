@@ -56,6 +56,9 @@ class Dispatch(Protocol):
     def expect(self, more: bool) -> None:
         """Say whether more work will come, so that lanes without any wait for it."""
 
+    def limit(self, lanes: int | None) -> None:
+        """Lanes beyond so many end after the item they are at; None: no limit."""
+
     def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         """Take back what a dead lane held; gives what must not be tried again."""
 
@@ -107,6 +110,9 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._on_end = on_end
         self._dispatch: Dispatch | None = None
         self._max_lanes = 1
+        self._max_trainings: int | None = None  # at once; None: Ray's business
+        self._sweeps: Callable[[], int] = lambda: 1
+        self._limit: int | None = None  # of lanes, as last told to the dispatcher
         self._dead_lanes = 0  # since a node last succeeded
         self._trainings: deque[Training] = deque()
         self._to_offer: list[Node] = []
@@ -161,6 +167,28 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._max_lanes = max_lanes
         self._offer()
 
+    def share(self, sweeps: Callable[[], int], max_trainings: int) -> None:
+        """Take but a share of the cluster while there are other sweeps.
+
+        Args:
+            sweeps: how many there are at the moment, this one included.
+            max_trainings: how many trainings the cluster can hold at once.
+        """
+        self._sweeps = sweeps
+        self._max_trainings = max_trainings
+
+    def _share(self, whole: int) -> int:
+        return max(1, -(-whole // self._sweeps()))
+
+    def _share_out(self) -> int:
+        """How many lanes this sweep may have now; those beyond it are told to end."""
+        lanes = self._share(self._max_lanes)
+        limit = lanes if lanes < self._max_lanes else None
+        if limit != self._limit and self._dispatch is not None:
+            self._limit = limit
+            self._dispatch.limit(limit)
+        return lanes
+
     def disconnect(self) -> None:
         """Forget where lanes get their work: the run is over."""
         self._dispatch = None
@@ -198,17 +226,20 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next training, another lane, None to wait, or FINISHED."""
         self._pull()
-        if self._trainings:
+        most = self._share_out()
+        lanes = sum(training is None for training in self._trials.values())
+        training_now = len(self._trials) - lanes
+        if self._trainings and (
+            self._max_trainings is None or training_now < self._share(self._max_trainings)
+        ):
             training = self._trainings.popleft()
             self._trials[trial_id] = training
             return {"kind": "train", "key": training.key}
         if not self._open:
             return None if self.total else Searcher.FINISHED
-        lanes = sum(training is None for training in self._trials.values())
         waiting = sum(len(nodes) for nodes in self._waiting.values())
-        training_now = len(self._trials) - lanes
-        ready = len(self._open) - waiting - training_now
-        if lanes < min(self._max_lanes, ready):
+        ready = len(self._open) - waiting - training_now - len(self._trainings)
+        if lanes < min(most, ready):
             self._trials[trial_id] = None
             return {"kind": LANE, "key": trial_id}
         return None
@@ -221,6 +252,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         for ended in result.get("ended", ()):
             self._end(ended)
         self._pull()
+        self._share_out()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

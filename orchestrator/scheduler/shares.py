@@ -1,0 +1,80 @@
+"""Several sweeps on one cluster: each takes its share of the workers, and none waits for another.
+
+An actor of no cost knows which drivers are there: each tells it so every few seconds, and one that
+has been silent is forgotten. A driver takes the cluster's capacity divided by their number; its
+lanes beyond that end after the item they are at, so that a sweep that comes later gets workers
+within the time of one pruning.
+"""
+
+import secrets
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from orchestrator.log import logger
+
+NAME, NAMESPACE = "prunefield-sweeps", "prunefield"
+ASK_SECONDS = 2.0
+SILENT_SECONDS = 15.0
+
+
+class Register:
+    """Which drivers are there, without Ray."""
+
+    def __init__(self) -> None:
+        self._heard: dict[str, float] = {}
+
+    def count(self, driver: str) -> int:
+        """A driver says that it is there, and learns how many there are."""
+        now = time.monotonic()
+        self._heard[driver] = now
+        self._heard = {d: t for d, t in self._heard.items() if now - t < SILENT_SECONDS}
+        return len(self._heard)
+
+    def leave(self, driver: str) -> None:
+        """A driver is done."""
+        self._heard.pop(driver, None)
+
+
+class Shares:
+    """This driver's side; never waits for an answer."""
+
+    def __init__(self) -> None:
+        self._me = secrets.token_hex(8)
+        self._count = 1
+        self._asked = -ASK_SECONDS
+        self._answer: Any = None
+        self._register: Any = None
+        try:
+            self._register = (
+                ray.remote(num_cpus=0)(Register)
+                .options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True)
+                .remote()
+            )
+        except (RayError, ValueError) as error:
+            logger.debug("other sweeps on this cluster are not seen: %s", error)
+
+    def sweeps(self) -> int:
+        """How many sweeps share the cluster, as last heard; at least this one."""
+        if self._register is None:
+            return 1
+        with suppress(RayError):
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                answer, self._answer = self._answer, None
+                self._count = max(1, ray.get(answer))
+            if self._answer is None and time.monotonic() - self._asked > ASK_SECONDS:
+                self._asked = time.monotonic()
+                self._answer = self._register.count.remote(self._me)
+            return self._count
+        self._answer = None  # the register is gone: this sweep counts itself alone
+        self._count = 1
+        return 1
+
+    def leave(self) -> None:
+        """This sweep is done; the others take its share."""
+        if self._register is not None:
+            with suppress(RayError):
+                self._register.leave.remote(self._me)

@@ -1,0 +1,148 @@
+"""Several sweeps on one cluster, and nodes that are not there yet: without a cluster."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import ClusterError
+from orchestrator.scheduler import cluster, shares
+from orchestrator.scheduler.dispatch import WorkTable
+from orchestrator.scheduler.queue import LANE
+from orchestrator.spec import Resources, StageResources
+from tests.unit.test_scheduler import Bench, plan, training, trial
+
+
+class Cluster:
+    """Plays `ray.nodes` and the autoscaler's configuration."""
+
+    def __init__(self, *nodes: dict[str, float], groups: Any = None) -> None:
+        self._nodes = nodes
+        self._groups = groups
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": dict(node)} for node in self._nodes]
+
+    def get_cluster_config(self) -> Any:
+        if self._groups is None:
+            return None
+        groups = [SimpleNamespace(resources=r, max_count=n) for r, n in self._groups]
+        return SimpleNamespace(node_group_configs=groups)
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch):
+    def start(*nodes: dict[str, float], groups: Any = None) -> None:
+        made = Cluster(*nodes, groups=groups)
+        monkeypatch.setattr(cluster.ray, "nodes", made.nodes)
+        monkeypatch.setattr(cluster.ray_state, "get_cluster_config", made.get_cluster_config)
+
+    return start
+
+
+HEAD = {"CPU": 0.0}
+GPU = {"CPU": 16.0, "GPU": 1.0}
+
+
+def test_workers_that_the_autoscaler_may_add_count(play) -> None:
+    """A head without CPUs, and up to four GPU nodes of which none is there yet."""
+    play(HEAD, groups=[(HEAD, 0), (GPU, 4)])
+    wanted = cluster.requests(Resources())
+    assert wanted == {"train": {"CPU": 2.0, "GPU": 1.0}, LANE: {"CPU": 1.0, "GPU": 0.25}}
+    assert cluster.capacity(wanted["train"]) == 4
+    assert cluster.capacity(wanted[LANE]) == 16
+
+
+def test_a_node_that_is_there_is_not_counted_twice(play) -> None:
+    play(HEAD, GPU, GPU, groups=[(HEAD, 0), (GPU, 4)])
+    assert cluster.capacity({"GPU": 1.0}) == 4
+    play(HEAD, GPU, GPU, groups=[(GPU, 1)])
+    assert cluster.capacity({"GPU": 1.0}) == 2
+
+
+def test_without_an_autoscaler_only_what_is_there_counts(play) -> None:
+    play(HEAD, GPU)
+    assert cluster.capacity({"GPU": 0.25}) == 4
+    play(HEAD)
+    with pytest.raises(ClusterError, match="no GPU"):
+        cluster.requests(Resources(train=StageResources(1.0, 1.0)))
+    with pytest.raises(ClusterError, match="no node"):
+        cluster.requests(Resources())
+
+
+def test_two_gpus_for_a_training_need_a_node_that_has_two(play) -> None:
+    two = Resources(train=StageResources(2.0, 2.0))
+    play(GPU, GPU)
+    with pytest.raises(ClusterError, match="no node of the cluster has"):
+        cluster.requests(two)
+    play({"CPU": 32.0, "GPU": 2.0})
+    assert cluster.requests(two)["train"] == {"CPU": 2.0, "GPU": 2.0}
+
+
+# --- shares ------------------------------------------------------------------------------------
+
+
+def test_the_register_counts_who_was_heard_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(shares.time, "monotonic", lambda: now)
+    register = shares.Register()
+    assert [register.count("a"), register.count("b"), register.count("a")] == [1, 2, 2]
+    now += shares.SILENT_SECONDS / 2
+    register.count("a")
+    now += shares.SILENT_SECONDS / 2
+    assert register.count("a") == 1  # b died without a word
+    register.count("c")
+    register.leave("c")
+    assert register.count("a") == 1
+
+
+def test_lanes_beyond_the_limit_end_after_their_item() -> None:
+    table = WorkTable(2)
+    table.offer(("model", ("prune", str(i))) for i in range(10))
+    for lane in ("a", "b", "c"):
+        assert table.next(lane, None).item is not None
+    table.limit(2)
+    assert table.next("a", None).item is None  # b and c hold theirs: a is the one too many
+    assert table.next("b", None).item is not None
+    assert table.next("c", None).item is not None
+    table.limit(1)
+    assert table.next("b", None).item is None
+    table.limit(None)
+    assert table.next("d", None).item is not None
+
+
+def test_a_sweep_takes_its_share_and_all_of_it_when_it_is_alone_again() -> None:
+    sweeps = 1
+    bench = Bench(plan(training("m", True, True), *(trial(str(i), "m") for i in range(20))), 4)
+    limits: list[int | None] = []
+    bench.dispatch.limit = limits.append
+    bench.queue.share(lambda: sweeps, 2)
+    assert [bench.suggest()["kind"] for _ in range(3)] == [LANE] * 3
+    sweeps = 2  # another one came: two lanes each
+    assert bench.suggest() is None
+    assert limits == [2]
+    for lane in ("t1", "t2"):
+        bench.queue.on_trial_complete(lane, {"ended": []})
+    assert bench.suggest()["kind"] == LANE
+    assert bench.suggest() is None
+    sweeps = 9  # never less than one
+    bench.suggest()
+    assert limits == [2, 1]
+    sweeps = 1
+    assert [bench.suggest()["kind"] for _ in range(2)] == [LANE] * 2
+    assert limits == [2, 1, None]
+
+
+def test_trainings_are_shared_out_too() -> None:
+    sweeps = 2
+    bench = Bench(plan(*(training(str(i)) for i in range(6))))
+    bench.dispatch.limit = lambda _: None
+    bench.queue.share(lambda: sweeps, 4)
+    begun = [bench.suggest() for _ in range(3)]
+    assert [b and b["kind"] for b in begun] == ["train", "train", None]
+    bench.end("t1", ("train", "0", None))
+    assert bench.suggest()["kind"] == "train"
+    assert bench.suggest() is None
+    sweeps = 1
+    assert [bench.suggest()["kind"] for _ in range(2)] == ["train", "train"]
+    assert bench.suggest() is None
