@@ -161,6 +161,9 @@ def _fit(
         pending = str(lanes + len(plan.trainings))
         with (
             _quiet("ray.tune"),
+            _quiet(
+                "ray.tune.execution.experiment_state", logging.CRITICAL
+            ),  # a snapshot nobody reads
             environment({**TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": pending}),
         ):
             tune.Tuner(
@@ -213,11 +216,11 @@ def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def _quiet(name: str, level: int = logging.ERROR) -> Iterator[None]:
     """Only errors of a logger: Tune warns about the log files that we told it not to write."""
     noisy = logging.getLogger(name)
     before = noisy.level
-    noisy.setLevel(logging.ERROR)
+    noisy.setLevel(level)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.store import Store
-from tests.services import KEYS, make_bucket, s3_server
+from tests.services import KEYS, make_bucket, postgres, s3_server
 
 pytestmark = [
     pytest.mark.e2e,
@@ -66,3 +66,30 @@ def test_a_sweep_whose_results_are_in_a_bucket(
     assert "cannot read the storage s3://sweeps/tiny" in said
     assert "Traceback" not in said
     assert Counter(p.name for p in tmp_path.iterdir())["prunefield-out"] == 0
+
+
+def test_a_sweep_whose_runs_are_in_postgresql(
+    write_sweep: WriteSweep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mlflow import MlflowClient
+
+    with postgres() as database:
+        monkeypatch.setenv("PGPASSWORD", database.password)
+        path = write_sweep(tracking={"uri": database.uri})
+        assert main(["run", str(path)]) == 0
+        assert main(["run", str(path)]) == 0  # nothing is logged twice
+        client = MlflowClient(database.uri)
+        experiment = client.get_experiment_by_name("prunefield")
+        runs = list(client.search_runs([experiment.experiment_id]))
+        assert Counter(r.info.status for r in runs) == {"FINISHED": 8}
+        logged = {r.data.tags.get("prunefield.key") for r in runs}
+        assert logged == {None, *(p.parent.name for p in tmp_path.glob("out/tr*/*/record.json"))}
+        models = list(tmp_path.glob("out/mlartifacts/**/model.safetensors"))
+        assert len(models) == 7
+    assert not (tmp_path / "out" / "mlflow.db").exists()
+    assert database.password not in "".join(capsys.readouterr())
+    written = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert not [p for p in written if database.password.encode() in p.read_bytes()]
