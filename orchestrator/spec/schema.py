@@ -614,7 +614,9 @@ class LimitsSection(_Section):
         Field(description="between two signs of life of a training, its evaluation included"),
     ] = 3600.0
     calibrate: Annotated[Seconds, Field(description="one pass over calibration rays")] = 7200.0
-    prune: Annotated[Seconds, Field(description="one pruning and its evaluation")] = 7200.0
+    prune: Annotated[
+        Seconds, Field(description="one pruning, with its recovery and its evaluation")
+    ] = 43_200.0
 
 
 class TrackingSection(_Section):

@@ -133,13 +133,13 @@ class Limits:
         train: a whole training, from its (re)start.
         silence: between two signs of life of a training, its evaluation included.
         calibrate: one pass over calibration rays.
-        prune: one pruning and its evaluation.
+        prune: one pruning, with its recovery and its evaluation.
     """
 
     train: float | None = 604_800.0
     silence: float | None = 3600.0
     calibrate: float | None = 7200.0
-    prune: float | None = 7200.0
+    prune: float | None = 43_200.0
 
 
 @dataclass(frozen=True)
