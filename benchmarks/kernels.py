@@ -36,8 +36,8 @@ START = time.time()
 VARIANTS = {
     "triton": Launch(),
     "hopper": HOPPER,
-    "hopper no turns": replace(HOPPER, build=Build(turn=0)),
-    "hopper turns of 2": replace(HOPPER, build=Build(turn=2)),
+    "hopper no turns": replace(HOPPER, build=Build(turn=0, train_turn=0, backward_turn=0)),
+    "hopper other turns": replace(HOPPER, build=Build(turn=2, train_turn=2, backward_turn=4)),
 }
 WIDTHS = (256, 243, 224, 192, 160, 128, 96, 64, 48, 32)
 

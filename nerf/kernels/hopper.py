@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ THREADS = 384
 TILE = 8192  # bytes
 VECTOR_LIMIT = 4096  # biases and heads that fit into shared memory behind the ring
 STEP_LIMIT = 40
+REST = 256 + STEP_LIMIT * 32 + VECTOR_LIMIT * 4  # bytes of barriers, table and vector of a chain
 
 
 def unsupported(plan: Plan) -> str | None:
@@ -45,10 +47,12 @@ class Build:
     """Compile-time constants of the kernels.
 
     Attributes:
-        stages: slots of the ring of weights, 32 KiB each.
-        turn: chunks of inputs after which the two warp groups take turns at the tensor cores;
+        stages: slots of the ring of weights, 32 KiB each, of the forward chain for rendering.
+        turn: chunks of inputs after which the two warp groups take turns at the tensor cores there;
             0: they do not.
-        store: cache operator of the stores of activations and deltas, as PTX writes it.
+        train_stages: as `stages`, of the chains that keep activations or deltas.
+        train_turn: as `turn`, of the forward chain that keeps activations.
+        backward_turn: as `turn`, of the backward chain.
         gradient_stages: slots of the ring of the weight gradients, 48 KiB each.
         gradient_cluster: programs that share the activations they fetch for these, 1 or 2.
         watch: for debugging: polls after which a wait is reported and the kernel ended; 0 never.
@@ -56,15 +60,22 @@ class Build:
 
     stages: int = 6
     turn: int = 5
-    store: str = ""
+    train_stages: int = 4
+    train_turn: int = 4
+    backward_turn: int = 2
     gradient_stages: int = 4
     gradient_cluster: int = 1
     watch: int = 0
 
     @property
-    def chain_bytes(self) -> int:
-        """Shared memory of the chains."""
-        return self.stages * 4 * TILE + 2 * TILE + 256 + STEP_LIMIT * 32 + VECTOR_LIMIT * 4
+    def render_bytes(self) -> int:
+        """Shared memory of the forward chain for rendering."""
+        return (self.stages * 4 + 2) * TILE + REST
+
+    @property
+    def train_bytes(self) -> int:
+        """Shared memory of the chains that keep activations or deltas."""
+        return (self.train_stages * 4 + 2 + 8) * TILE + REST
 
     @property
     def gradient_bytes(self) -> int:
@@ -129,31 +140,50 @@ def _wrappers(*kinds: str) -> str:
 class _Module:
     """One file of kernels: the constants and the instructions it uses, and its kernels."""
 
-    constants: tuple[str, ...]
+    file: str
+    constants: dict[str, str]
     wrappers: tuple[str, ...]
     kernels: tuple[str, ...]
+    shared: str = ""
 
 
+_CHAIN = ("mma_registers", "mma_shared")
 MODULES = {
-    "chain": _Module(
-        ("stages", "turn", "store"),
-        ("mma_registers", "mma_shared"),
-        ("forward_render", "forward_train", "backward"),
+    "render": _Module(
+        "chain", {"STAGES": "stages", "TURN": "turn"}, _CHAIN, ("forward_render",), "render_bytes"
+    ),
+    "train": _Module(
+        "chain",
+        {"STAGES": "train_stages", "TURN": "train_turn"},
+        _CHAIN,
+        ("forward_train",),
+        "train_bytes",
+    ),
+    "backward": _Module(
+        "chain",
+        {"STAGES": "train_stages", "TURN": "backward_turn"},
+        _CHAIN,
+        ("backward",),
+        "train_bytes",
     ),
     "gradients": _Module(
-        ("gradient_stages", "gradient_cluster"), ("mma_across",), ("weight_gradients",)
+        "gradients",
+        {"GRADIENT_STAGES": "gradient_stages", "GRADIENT_CLUSTER": "gradient_cluster"},
+        ("mma_across",),
+        ("weight_gradients",),
+        "gradient_bytes",
     ),
-    "merge": _Module((), (), ("merge", "pack_weights", "ray_gradients", "unmerge")),
+    "merge": _Module("merge", {}, (), ("merge", "pack_weights", "ray_gradients", "unmerge")),
 }
+TRAINING = ("train", "backward", "gradients", "merge")
 
 
 def source(module: str, build: Build) -> str:
     """The whole CUDA source of a module."""
     spec = MODULES[module]
-    definitions: dict[str, object] = {
-        name.upper(): f'"{value}"' if isinstance(value := getattr(build, name), str) else value
-        for name in spec.constants
-    }
+    definitions = {name: getattr(build, value) for name, value in spec.constants.items()}
+    definitions["TRAIN"] = int(module in ("train", "backward"))
+    definitions["BACKWARD"] = int(module == "backward")
     if build.watch:
         definitions["WATCH"] = build.watch
     text = "".join(f"#define {name} {value}\n" for name, value in definitions.items())
@@ -166,7 +196,7 @@ def source(module: str, build: Build) -> str:
         )
     files = resources.files("nerf.kernels")
     return text + "".join(
-        files.joinpath(f"hopper_{name}.cu").read_text() for name in ("common", module)
+        files.joinpath(f"hopper_{name}.cu").read_text() for name in ("common", spec.file)
     )
 
 
@@ -265,38 +295,43 @@ def _checked(code: int, what: str) -> None:
 
 
 class Kernels:
-    """The kernels of one build on one device; modules are compiled and loaded when first used."""
+    """The kernels of one build on one device.
+
+    Attributes:
+        loaded: the modules that are ready to launch.
+    """
 
     def __init__(self, build: Build, device: int) -> None:
         self.build = build
         self._device = device
-        self._modules: dict[str, ctypes.c_void_p] = {}
+        self.loaded: dict[str, ctypes.c_void_p] = {}
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._context = ctypes.c_void_p()
 
-    def load(self, module: str) -> None:
-        """Make a module's kernels ready to launch (before a CUDA graph is captured)."""
-        if module in self._modules:
-            return
+    def load(self, module: str, code: bytes) -> None:
+        """Make a compiled module's kernels ready to launch (before a CUDA graph is captured)."""
         handle = ctypes.c_void_p()
-        size = {"chain": self.build.chain_bytes, "gradients": self.build.gradient_bytes}
-        code = cubin(module, self.build)
+        shared = MODULES[module].shared
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()  # there is a context now
+            _checked(_driver().cuCtxGetCurrent(ctypes.byref(self._context)), "context")
             _checked(_driver().cuModuleLoadData(ctypes.byref(handle), code), "loading")
             for name in MODULES[module].kernels:
                 function = ctypes.c_void_p()
                 get = _driver().cuModuleGetFunction
                 _checked(get(ctypes.byref(function), handle, name.encode()), name)
-                if module in size:
+                if shared:
                     # 8: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    _checked(_driver().cuFuncSetAttribute(function, 8, size[module]), name)
+                    _checked(
+                        _driver().cuFuncSetAttribute(function, 8, getattr(self.build, shared)), name
+                    )
                 self._functions[name] = function
-        self._modules[module] = handle
+        self.loaded[module] = handle
 
     def reports(self) -> list[tuple[int, ...]]:
         """What waited too long ("watch" builds): program, thread, place, 2 · barrier + parity."""
         found = []
-        for module in self._modules.values():
+        for module in self.loaded.values():
             address, size = ctypes.c_uint64(), ctypes.c_size_t()
             get = _driver().cuModuleGetGlobal_v2
             _checked(get(ctypes.byref(address), ctypes.byref(size), module, b"reports"), "reports")
@@ -313,9 +348,16 @@ class Kernels:
         values = [x if isinstance(x, ctypes.Structure) else _value(x) for x in arguments]
         array = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = _driver().cuLaunchKernel(
-            self._functions[name], grid[0], grid[1], 1, threads, 1, 1, shared, stream, array, None
-        )
+
+        def attempt() -> int:
+            return _driver().cuLaunchKernel(
+                self._functions[name], *grid, 1, threads, 1, 1, shared, stream, array, None
+            )
+
+        code = attempt()
+        if code == 201:  # a thread without a context yet, such as autograd's
+            _checked(_driver().cuCtxSetCurrent(self._context), "context")
+            code = attempt()
         _checked(code, name)
 
 
@@ -346,6 +388,10 @@ def _kernels(build: Build, device: int) -> Kernels:
 def kernels(build: Build, device: int, *modules: str) -> Kernels:
     """The kernels of a build on a device; the named modules are compiled and loaded."""
     found = _kernels(build, device)
-    for module in modules:
-        found.load(module)
+    missing = [module for module in modules if module not in found.loaded]
+    if missing:
+        with ThreadPoolExecutor() as pool:  # compiling releases Python's lock
+            codes = list(pool.map(lambda module: cubin(module, build), missing))
+        for module, code in zip(missing, codes, strict=True):
+            found.load(module, code)
     return found

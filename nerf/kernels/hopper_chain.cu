@@ -5,6 +5,9 @@
 // rounded to bf16, exactly the fragments that the next product reads as its left operand. Weights
 // come from L2 through a ring of `STAGES` slots of 64 inputs x up to 256 outputs that both groups
 // read. The groups take turns: one multiplies while the other finishes its layer.
+//
+// One file, three modules: the forward chain for rendering, the one that keeps activations (TRAIN),
+// and the backward chain (TRAIN, BACKWARD).
 
 constexpr u32 SLOT = 4 * TILE;  // bytes of a slot of the ring of weights
 constexpr int TABLE = 8;        // integers of a step
@@ -107,19 +110,38 @@ DEVICE void stream_weights(const char* weights, const int* table, int steps, int
 
 // --- activations and gates
 
-// Store one chunk (64 channels) of a fragment: 16 bytes a thread and row. Unit 4 h + q of a row
-// holds channels 32 h + 8 j + 2 q + {0, 1}, j = 0 to 3.
-DEVICE void store_chunk(char* tile, const u32 (&a)[16][4], int c, const Place& at) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int k = 4 * c + 2 * h;
-        const u32 unit = ((4 * h + at.q) ^ (at.row & 7)) << 4;
-        uint4 upper = make_uint4(a[k][0], a[k][2], a[k + 1][0], a[k + 1][2]);
-        uint4 lower = make_uint4(a[k][1], a[k][3], a[k + 1][1], a[k + 1][3]);
-        store_global(tile + at.row * 128 + unit, upper);
-        store_global(tile + (at.row + 8) * 128 + unit, lower);
+#if TRAIN
+// Keep `chunks` chunks of a warp group's fragment in device memory: into shared memory first (the
+// four matrices of a fragment are what stmatrix stores), from there by the copy engine, which leaves
+// the warps free.
+struct Keeper {
+    u32 staging;
+    int group, thread;
+
+    DEVICE void wait() const {
+        if (thread == 0) copies_out_read();
+        named_sync(1 + group, 128);
     }
-}
+    DEVICE void stage(const u32 (&a)[16][4], int c, const Place& at) const {
+        const int row = 16 * at.warp + at.lane % 16;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const u32 unit = ((2 * k + at.lane / 16) ^ (row & 7)) << 4;
+            asm volatile(
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                    staging + c * TILE + row * 128 + unit),
+                "r"(a[4 * c + k][0]), "r"(a[4 * c + k][1]), "r"(a[4 * c + k][2]),
+                "r"(a[4 * c + k][3])
+                : "memory");
+        }
+    }
+    DEVICE void send(char* target, int chunks, bool live) const {
+        fence_async();
+        named_sync(1 + group, 128);
+        if (thread == 0 && live) copy_out(target, staging, chunks * TILE);
+    }
+};
+#endif
 
 // One bit a value that is not zero (values are not negative), of the 16 registers of a chunk.
 DEVICE u32 gate_word(const u32 (&a)[16][4], int c) {
@@ -186,9 +208,10 @@ struct Forward {
     int n_rows, samples, tiles, chunks, steps, density_at, rgb_at, bias_at, octaves, vector_size;
 };
 
-template <int N, bool KEEP>
+template <int N>
 DEVICE void forward_layer(const Forward& p, const int* step, const float* vector, int kind, int layer,
-                          u32 (&a)[16][4], u32 point_tile, int row_tile, const Place& at, Ring& ring) {
+                          u32 (&a)[16][4], u32 point_tile, int row_tile, const Place& at, Ring& ring,
+                          [[maybe_unused]] int group) {
     float d[128];
     const int row = row_tile * 64 + at.row;
     const bool here = row < p.n_rows, below = row + 8 < p.n_rows;
@@ -244,31 +267,36 @@ DEVICE void forward_layer(const Forward& p, const int* step, const float* vector
             if (at.q == 0 && here) p.rgb[row * 3 + c] = upper + bias;
             if (at.q == 0 && below) p.rgb[(row + 8) * 3 + c] = lower + bias;
         }
-        if (!KEEP) return;
+#if !TRAIN
+        return;
+#endif
     }
 #pragma unroll
     for (int k = 0; k < 4 * N; k++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) a[k][i] = pack_relu(d[8 * k + 2 * i], d[8 * k + 2 * i + 1]);
     }
-    if (KEEP && row_tile < p.tiles) {
-        char* tile = p.activations + (size_t(row_tile) * p.chunks + step[6]) * TILE;
-        u32 words[4] = {0, 0, 0, 0};
+#if TRAIN
+    const Keeper keeper{point_tile + (2 + 3 * group) * TILE, group, 32 * at.warp + at.lane};
+    keeper.wait();
+    u32 words[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int c = 0; c < N; c++) {
-            store_chunk(tile + c * TILE, a, c, at);
-            words[c] = gate_word(a, c);
-        }
+    for (int c = 0; c < N; c++) keeper.stage(a, c, at);
+    const bool live = row_tile < p.tiles;
+    keeper.send(p.activations + (size_t(row_tile) * p.chunks + step[6]) * TILE, N, live);
+#pragma unroll
+    for (int c = 0; c < N; c++) words[c] = gate_word(a, c);
+    if (live)
         p.gates[(size_t(layer) * p.tiles + row_tile) * 128 + at.warp * 32 + at.lane] =
             make_uint4(words[0], words[1], words[2], words[3]);
-    }
+#endif
 }
 
 // Set up barriers, copy table and vector into shared memory, and send the producer off. Returns
 // false in threads that have nothing to multiply.
 struct Setup {
     Ring ring;
-    u32 points;  // two tiles of encoded points (forward) behind the ring
+    u32 points;  // two tiles of encoded points (forward) behind the ring, then 2 x 4 of staging (TRAIN)
     const int* table;
     const float* vector;
 };
@@ -277,7 +305,7 @@ DEVICE Setup set_up(char* memory, const int* table, int steps, const float* vect
     Setup s;
     s.ring = Ring{shared_address(memory), 0, 0, 0, 0};
     s.points = s.ring.base + STAGES * SLOT;
-    char* rest = memory + STAGES * SLOT + 2 * TILE;
+    char* rest = memory + STAGES * SLOT + (TRAIN ? 10 : 2) * TILE;
     s.ring.full = shared_address(rest);
     s.ring.empty = s.ring.full + 8 * STAGES;
     int* table_here = reinterpret_cast<int*>(rest + 256);
@@ -299,7 +327,6 @@ DEVICE Setup set_up(char* memory, const int* table, int steps, const float* vect
 
 DEVICE int blocks_of(int tiles) { return (tiles + 1) / 2; }
 
-template <bool KEEP>
 DEVICE void forward(const Forward& p, char* memory) {
     const Setup s = set_up(memory, p.table, p.steps, p.vector, p.vector_size);
     const int blocks = blocks_of(p.tiles);
@@ -325,7 +352,7 @@ DEVICE void forward(const Forward& p, char* memory) {
             const float y = fmaf(t, p.directions[3 * ray + 1], p.origins[3 * ray + 1]);
             const float z = fmaf(t, p.directions[3 * ray + 2], p.origins[3 * ray + 2]);
             // All warps must have read the tile before it is overwritten.
-            if (KEEP && thread == 0) copies_out_read();
+            if (TRAIN && thread == 0) copies_out_read();
             named_sync(1 + group, 128);
             if (thread < 64)
                 encode_half<0>(x, y, z, p.octaves, thread & 63, point_tile);
@@ -333,14 +360,14 @@ DEVICE void forward(const Forward& p, char* memory) {
                 encode_half<1>(x, y, z, p.octaves, thread & 63, point_tile);
             fence_async();
             named_sync(1 + group, 128);
-            if (KEEP && thread == 0 && row_tile < p.tiles)
+            if (TRAIN && thread == 0 && row_tile < p.tiles)
                 copy_out(p.activations + size_t(row_tile) * p.chunks * TILE, point_tile, TILE);
             for (int index = 0; index < p.steps; index++) {
                 const int* step = s.table + index * TABLE;
                 const int kind = index == p.steps - 1 ? 2 : index == p.steps - 2 ? 1 : 0;
                 const int outputs = step[0];
 #define LAYER(N)                                                                              \
-    forward_layer<N, KEEP>(p, step, s.vector, kind, index, a, point_tile, row_tile, at, ring)
+    forward_layer<N>(p, step, s.vector, kind, index, a, point_tile, row_tile, at, ring, group)
                 if (outputs == 4)
                     LAYER(4);
                 else if (outputs == 3)
@@ -352,17 +379,19 @@ DEVICE void forward(const Forward& p, char* memory) {
 #undef LAYER
             }
         }
-        if (KEEP && thread == 0) copies_out_read();
+        if (TRAIN && thread == 0) copies_out_read();
     }
 }
 
+#if !TRAIN
 extern "C" __global__ void __launch_bounds__(384, 1) forward_render(Forward p) {
-    forward<false>(p, dynamic);
+    forward(p, dynamic);
 }
-
+#elif !BACKWARD
 extern "C" __global__ void __launch_bounds__(384, 1) forward_train(Forward p) {
-    forward<true>(p, dynamic);
+    forward(p, dynamic);
 }
+#else
 
 // --- the backward chain ------------------------------------------------------------------------------
 
@@ -379,7 +408,7 @@ struct Backward {
 template <int N>
 DEVICE void backward_layer(const Backward& p, const int* step, const float* vector, int layer,
                            bool first, float upper, float lower, u32 (&a)[16][4], int row_tile,
-                           const Place& at, Ring& ring) {
+                           const Place& at, Ring& ring, const Keeper& keeper) {
     float d[128];
     if (first) {
         const float* head = vector + p.density_at * 64 + 2 * at.q;
@@ -405,11 +434,10 @@ DEVICE void backward_layer(const Backward& p, const int* step, const float* vect
             a[k][i] = pack(d[8 * k + 2 * i], d[8 * k + 2 * i + 1]) &
                       gate_mask(words[k / 4], 4 * (k % 4) + i);
     }
-    if (live) {
-        char* tile = p.deltas + (size_t(row_tile) * p.chunks + step[6]) * TILE;
+    keeper.wait();
 #pragma unroll
-        for (int c = 0; c < N; c++) store_chunk(tile + c * TILE, a, c, at);
-    }
+    for (int c = 0; c < N; c++) keeper.stage(a, c, at);
+    keeper.send(p.deltas + (size_t(row_tile) * p.chunks + step[6]) * TILE, N, live);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) backward(Backward p) {
@@ -424,6 +452,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(Backward p) {
         Ring ring = s.ring;
         const int thread = threadIdx.x & 127;
         const Place at(thread);
+        const Keeper keeper{s.points + (2 + 4 * group) * TILE, group, thread};
         u32 a[16][4];
         if (TURN > 0 && group == 1) named_arrive(3, 256);
         for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -444,6 +473,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(Backward p) {
                 p.gates[(size_t(p.steps) * p.tiles + shown) * 128 + at.warp * 32 + at.lane];
             const u32 words[4] = {gate.x, gate.y, gate.z, gate.w};
             char* tile = p.deltas + (size_t(row_tile) * p.chunks + p.view_delta) * TILE;
+            keeper.wait();
             const float* red = s.vector + p.rgb_at * 64 + 2 * at.q;
 #pragma unroll
             for (int c = 0; c < 4; c++) {
@@ -465,9 +495,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(Backward p) {
                             a[k][i] = pack(u, v) & gate_mask(words[c], 4 * (k % 4) + i);
                         }
                     }
-                    if (live) store_chunk(tile + c * TILE, a, c, at);
+                    keeper.stage(a, c, at);
                 }
             }
+            keeper.send(tile, p.view_chunks, live);
             if (live && at.q == 0) {
                 // The heads' chunk: its other columns stay zero.
                 char* heads = tile + p.view_chunks * TILE;
@@ -483,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(Backward p) {
                 const int outputs = step[0];
 #define LAYER(N)                                                                               \
     backward_layer<N>(p, step, s.vector, p.steps - 1 - index, index == 0, g[0][0], g[1][0], a, \
-                      row_tile, at, ring)
+                      row_tile, at, ring, keeper)
                 if (outputs == 4)
                     LAYER(4);
                 else if (outputs == 3)
@@ -495,5 +526,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) backward(Backward p) {
 #undef LAYER
             }
         }
+        if (thread == 0) copies_out_read();
     }
 }
+#endif

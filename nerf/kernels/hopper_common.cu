@@ -4,13 +4,8 @@
 //
 // Tiles of 64 x 64 bf16 (8 KiB) lie in memory as they lie in shared memory (rows of 128 bytes, the
 // 16-byte units of a row exchanged by the 128-byte swizzle), so that plain bulk copies move them.
-// Activations and deltas are kept as [row tile][chunk][64 x 64]; within every 32 channels their
-// order is the one in which a thread holds them (`store_chunk` in hopper_chain.cu), and the weight
-// gradients are put back into order when they are summed up.
+// Activations and deltas are kept as [row tile][chunk][64 x 64].
 
-#ifndef STORE
-#define STORE ""
-#endif
 #define DEVICE __device__ __forceinline__
 
 constexpr u32 TILE = 8192;  // bytes of a tile
@@ -127,13 +122,6 @@ DEVICE void cluster_sync() {
 DEVICE void store_shared(u32 at, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c),
                  "r"(d)
-                 : "memory");
-}
-
-// Store what is not read again soon.
-DEVICE void store_global(char* at, uint4 v) {
-    asm volatile("st.global" STORE ".v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y),
-                 "r"(v.z), "r"(v.w)
                  : "memory");
 }
 

@@ -117,14 +117,11 @@ extern "C" __global__ void __launch_bounds__(512) ray_gradients(RayGradients p) 
                 }
             }
         }
-        // Unit 4 h + q holds channels 32 h + 8 j + 2 q + {0, 1}.
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             total[i] += __shfl_xor_sync(0xffffffff, total[i], 8);
             total[i] += __shfl_xor_sync(0xffffffff, total[i], 16);
-            if (lane < 8)
-                sums[local][64 * chunk + 32 * (unit / 4) + 8 * (i / 2) + 2 * (unit % 4) + i % 2] =
-                    total[i];
+            if (lane < 8) sums[local][64 * chunk + 8 * unit + i] = total[i];
         }
     }
     __syncthreads();

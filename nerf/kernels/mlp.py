@@ -205,14 +205,14 @@ def launch_forward(
     plan, launch = packed.plan, packed.launch
     rows = distances.numel()
     if launch.kind == "hopper":
-        device = hopper.kernels(launch.build, distances.device.index or 0, "chain")
+        device = hopper.kernels(launch.build, distances.device.index or 0, "render")
         arguments = forward_arguments(
             plan, origins, directions, distances, share, packed.table, packed.tiles,
             packed.vector, packed.tiles, packed.tiles, density, rgb, rows, triton.cdiv(rows, CHUNK),
         )  # fmt: skip
         grid = chain_grid(triton.cdiv(rows, CHUNK), packed.programs)
         device.launch(
-            "forward_render", (grid, 1), hopper.THREADS, launch.build.chain_bytes, arguments
+            "forward_render", (grid, 1), hopper.THREADS, launch.build.render_bytes, arguments
         )
         return
     count = min(triton.cdiv(rows, launch.block), packed.programs)
@@ -279,7 +279,7 @@ class FusedField:
         self._forward_index = index(plan.forward_index)
         self._backward_index = index(plan.backward_index)
         self._vector_index = plan.vector_index.to(device)
-        found = plan.stored_gradient_index if on_hopper else plan.gradient_index
+        found = plan.gradient_index
         self._gradient_index = found.to(device)
         self.table = plan.table().to(device)
         self.backward_table = plan.table(backward=True).to(device)
@@ -302,7 +302,7 @@ class FusedField:
             self.deltas = self.deltas.view(tiles, plan.deltas, CHUNK, CHUNK)
             self.gates = empty(len(plan.forward), tiles, 128, 4, dtype=torch.int32)
             self.ray_parts = empty(triton.cdiv(rays, RAYS), shape.view, shape.direction_features)
-            self.hopper = hopper.kernels(self.launch.build, device.index or 0, *hopper.MODULES)
+            self.hopper = hopper.kernels(self.launch.build, device.index or 0, *hopper.TRAINING)
 
     def load(self, field: Field) -> None:
         """Copy the weights of a `Field` and pack them."""
@@ -423,7 +423,7 @@ class FusedField:
     def _chain(self, name: str, arguments: Any) -> None:
         build = self.launch.build
         grid = chain_grid(self.padded // CHUNK, self.programs)
-        self.hopper.launch(name, (grid, 1), hopper.THREADS, build.chain_bytes, arguments)
+        self.hopper.launch(name, (grid, 1), hopper.THREADS, build.train_bytes, arguments)
 
     def backward_deltas(self, g_density: Tensor, g_rgb: Tensor) -> None:
         """The backward chain alone: deltas of every layer."""

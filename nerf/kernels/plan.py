@@ -517,30 +517,6 @@ class Plan:
                 found.append([at])
         return found
 
-    # How the CUDA kernels of compute capability 9.0 keep things (`hopper_mlp.cu`).
-
-    @cached_property
-    def stored_gradient_index(self) -> Tensor:
-        """`gradient_index` for chunks whose channels lie in the order of `STORED`.
-
-        All chunks do but the encoded point and the heads' deltas.
-        """
-        index = self.gradient_index.clone()
-        block, place = index[:, 0].long(), index[:, 1].long()
-        width = MAX_CHUNKS * CHUNK
-        of_block = torch.tensor([(b.delta, b.source) for b in self.blocks])[block.clamp_min(0)]
-        stored = torch.argsort(stored_order())  # of each channel
-        bias = place >= BLOCK_OUT * CHUNK * width
-        row = torch.where(bias, place - BLOCK_OUT * CHUNK * width, place // width)
-        column = torch.where(bias, 0, place % width)
-        heads = of_block[:, 0] + row // CHUNK == self.delta_of["heads"]
-        row = torch.where(heads, row, row // CHUNK * CHUNK + stored[row % CHUNK])
-        moved = column // CHUNK * CHUNK + stored[column % CHUNK]
-        column = torch.where(of_block[:, 1] == 0, column, moved)
-        place = torch.where(bias, BLOCK_OUT * CHUNK * width + row, row * width + column)
-        index[:, 1] = torch.where(block >= 0, place, 0).int()
-        return index
-
     # What it costs.
 
     def flops(self, padded: bool = False) -> int:
@@ -556,17 +532,6 @@ class Plan:
         mix = shape.view * shape.trunk[-1]
         apart = shape.view * shape.feature + shape.trunk[-1] * shape.feature
         return shape.flops() - 2 * (apart + shape.view * shape.direction_features - mix)
-
-
-def stored_order() -> Tensor:
-    """The channel that lies at each place of a stored chunk: int64 (64,).
-
-    Unit 4h + q (8 channels, 16 bytes) of a row holds channels 32h + 8j + 2q + {0, 1}, j = 0 to 3:
-    what one thread holds of a product's result.
-    """
-    place = torch.arange(CHUNK)
-    half, quarter, j, low = place // 32, place // 8 % 4, place // 2 % 4, place % 2
-    return 32 * half + 8 * j + 2 * quarter + low
 
 
 def swizzled(tiles: Tensor) -> Tensor:
