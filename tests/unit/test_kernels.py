@@ -31,6 +31,9 @@ with triton_interpreter.unchecked_imports():
     from nerf.kernels import mlp
     from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 
+# PyTorch's own remark about the thread in which autograd runs, on a GPU.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HOPPER_GPU = GPU and torch.cuda.get_device_capability() == (9, 0)
