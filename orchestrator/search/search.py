@@ -86,6 +86,7 @@ class Search:
         self._looks: dict[int, Look] = {}
         self._exhausted = False
         self._final: list[Trial] | None = None
+        self.proposing = 0.0
         starts = self.study.starts()
         if starts is None:
             starts = self._unique(self._starts(dense))
@@ -113,6 +114,7 @@ class Search:
             started = time.perf_counter()
             self._propose()
             proposing += time.perf_counter() - started
+        self.proposing += proposing
         running = any(entry.state == "running" for entry in self._entries.values())
         if running or trials:
             return Step(tuple(trials), False, proposing)
@@ -348,6 +350,7 @@ class Search:
                 }
                 for entry in entries
             ],
+            "proposing_seconds": self.proposing,
             "front": [entry.key for entry in self.front()],
             "final": [trial.key for trial in self._final or ()],
         }

@@ -50,7 +50,7 @@ MEASURED = "measured"
 STARTS = "starts"
 # A Gaussian process sees at most so many trials, those on the front and the newest: its cost grows
 # with their cube.
-GP_TRIALS = 256
+GP_TRIALS = 192
 ATTEMPTS = 3
 NUDGE = 0.05
 
