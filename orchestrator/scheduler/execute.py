@@ -107,7 +107,7 @@ def execute(
         from orchestrator.search.search import open_study  # noqa: PLC0415  imports Optuna
 
         for search in searches:
-            open_study(plan.sweep, search, store)
+            open_study(plan.sweep, search, store).close()
     feeds = [SearchFeed(plan.sweep, search, store) for search in searches]
     queue = PlanQueue(plan, on_progress, on_end, feeds)
     for listener in audience:

@@ -141,7 +141,7 @@ class Study:
             "maximize" if o in UP else "minimize" for o in self.objectives
         ]
         try:
-            storage = RDBStorage(url, engine_kwargs=_engine(url))
+            storage = self._storage = RDBStorage(url, engine_kwargs=_engine(url))
             self._study = optuna.create_study(
                 storage=storage,
                 study_name=name,
@@ -159,6 +159,11 @@ class Study:
                 "postgresql+psycopg://user@host/database as `search.storage`"
             ) from e
         self._directions = directions
+
+    def close(self) -> None:
+        """Give the connections to the database back."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
 
     def starts(self) -> list[tuple[str, Parameters]] | None:
         """What was written with `keep_starts`; None before."""

@@ -362,6 +362,9 @@ def test_the_dashboard_opens_a_study_under_way(desk: Desk) -> None:
     assert set(answered) == {"200 OK"}
 
 
+# Optuna leaves its connections to the collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_study_may_be_in_postgresql(
     tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
