@@ -115,6 +115,36 @@ def violations(
     return tuple(found)
 
 
+def corrected(
+    first: Sequence[float],
+    looked: Sequence[tuple[Sequence[float], Sequence[float]]],
+    objectives: Sequence[Objective],
+) -> tuple[float, ...]:
+    """What a first look says about all rays: few rays are easier or harder than all of them.
+
+    PSNR is moved by the mean difference between full measurement and first look of other trials,
+    MSE by the same number of dB.
+
+    Args:
+        first: objectives at the first look.
+        looked: first look and full measurement of other trials.
+        objectives: what they are.
+    """
+
+    def of(place: int, objective: Objective, value: float) -> float:
+        pairs = [(seen[place], full[place]) for seen, full in looked]
+        if objective == "psnr" and pairs:
+            return value + sum(full - seen for seen, full in pairs) / len(pairs)
+        if objective == "mse" and pairs and all(min(pair) > 0 for pair in pairs):
+            return value * math.exp(sum(math.log(full / seen) for seen, full in pairs) / len(pairs))
+        return value
+
+    return tuple(
+        of(i, objective, value)
+        for i, (objective, value) in enumerate(zip(objectives, first, strict=True))
+    )
+
+
 def bounds_of(
     constraints: Iterable[Constraint], dense: Mapping[str, float]
 ) -> tuple[tuple[Objective, str, float], ...]:

@@ -252,7 +252,9 @@ class Search:
         stopped = None
         if record.key != trial.key and trial.look is not None:
             stopped = goals.hopeless(record.metrics, trial.look) or "stopped"
-        values = first if stopped else goals.values(record.metrics, objectives)
+        values = goals.values(record.metrics, objectives)
+        if stopped:
+            values = goals.corrected(first, self._looked(entry.round), objectives)
         broken = goals.violations(record.metrics, self.bounds, first=stopped is not None)
         good = all(math.isfinite(v) for v in (*values, *broken))
         measured = {
@@ -273,6 +275,14 @@ class Search:
             values=values if good else None,
             measured=measured,
         )
+
+    def _looked(self, round_: int) -> list[tuple[Costs, Costs]]:
+        """First look and full measurement of the trials that a round knows."""
+        return [
+            (tuple(entry.measured["first"]), entry.values or ())
+            for entry in sorted(self._entries.values(), key=lambda e: (e.round, e.slot))
+            if entry.round <= round_ - 2 and self._good(entry) and entry.measured.get("first")
+        ]
 
     def _record(self, trial: Trial) -> Record | None:
         keys = [trial.key, *([trial.look.first_key] if trial.look else [])]

@@ -11,6 +11,7 @@ from orchestrator.plan import Look
 from orchestrator.search.goals import (
     bounds_of,
     clearly_dominates,
+    corrected,
     costs,
     dominates,
     front,
@@ -124,6 +125,15 @@ def test_violations_are_above_zero_where_a_constraint_is_broken():
     metrics = {"size_bytes": 500.0, "validation_psnr": 24.0, "first_psnr": 22.0}
     assert violations(metrics, bounds, first=False) == (100.0, -1.0)
     assert violations(metrics, bounds, first=True) == (100.0, 1.0)
+
+
+def test_a_first_look_is_moved_by_what_other_first_looks_were_wrong_by():
+    looked = [((100.0, 25.0), (100.0, 24.0)), ((50.0, 22.5), (50.0, 22.0))]
+    assert corrected((70.0, 23.0), looked, ("size_bytes", "psnr")) == (70.0, 22.25)
+    assert corrected((70.0, 23.0), [], ("size_bytes", "psnr")) == (70.0, 23.0)
+    by_mse = [tuple((s, 10 ** (-p / 10)) for s, p in pair) for pair in looked]
+    _, mse = corrected((70.0, 10**-2.3), by_mse, ("size_bytes", "mse"))
+    assert -10 * math.log10(mse) == pytest.approx(22.25)
 
 
 def test_what_a_record_does_not_say_is_nan():
