@@ -90,7 +90,9 @@ def test_a_killed_search_goes_on_and_ends_whole(
     held_out = [r for r in records if "psnr" in r["metrics"]]
     searched = [r for r in held_out if r["config"]["schedule"] == "searched"]
     assert 1 <= len(searched) <= 3
-    assert len(held_out) == len(searched) + 1
+    grid = [r for r in held_out if r["config"]["schedule"] == "uniform"]
+    assert len(held_out) == len(searched) + len(grid)
+    assert len(grid) == len(finished.results.trials) == 2
     assert all("validation_psnr" in r["metrics"] for r in searched)
     assert len(records) == len(held_out) + 24
     assert "held-out views were rendered for the" in finished.report.html.read_text()
