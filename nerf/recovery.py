@@ -32,7 +32,7 @@ from nerf.graphs import StepGraph
 from nerf.invented import InventedRays
 from nerf.metrics import psnr
 from nerf.rendering import LAST_DISTANCE, Pass, RenderSettings, composite
-from nerf.rounding import RoundedLayer, round_network
+from nerf.rounding import RoundedLayer, coded_bits, round_network
 from nerf.scenes.scene import Scene
 from nerf.steps import STEPS_BEFORE_CAPTURE
 from nerf.training import Progress, RayPool
@@ -46,6 +46,12 @@ SHARED_COARSE = 0.1
 """How much the coarse picture of a shared network counts: it only has to place samples."""
 OPACITY_WEIGHT = 0.1
 """How much the error of opacities counts beside those of colours, see `distillation_loss`."""
+SQUEEZED_BY = 0.6
+"""The part of the rounded iterations after which codes are to take no more bits than allowed."""
+FIRST_PRICE = 3e-4
+"""What bits cost at first beside an MSE, see `Recovery.squeeze`."""
+PRICE_RATE = 60.0
+"""How fast the price follows the excess: by so much over all rounded iterations together."""
 INVENTED_SHARE = 0.5
 """Share of an iteration's rays that are invented, where a teacher says what they look like."""
 
@@ -223,6 +229,9 @@ class Recovery:
         self.iteration = 0
         self.seconds = 0.0  # wall time of all iterations so far
         self.rounding: dict[str, dict[str, RoundedLayer]] = {}
+        self._bits: tuple[float, float] | None = None  # of all codes: at first, and in the end
+        self._allowed = torch.zeros((), device=self.device)
+        self._price = torch.full((), FIRST_PRICE, device=self.device)
         self._teacher = None if recipe.source == "photos" else teacher
         self._invented = InventedRays(scene, seed, self.device) if recipe.invented_rays else None
         self._trained = tuple(student.stored()) if trained is None else trained
@@ -272,6 +281,48 @@ class Recovery:
             self._optimizer.add_param_group({"params": [table for _, table in tables]})
         self._reset_capture()
 
+    def bits(self) -> float:
+        """About how many bits the codes take now, see `nerf.rounding.coded_bits`."""
+        with torch.no_grad():
+            return float(self._coded_bits())
+
+    def _coded_bits(self) -> Float[Tensor, ""]:
+        parts = []
+        with torch.autocast(self.device.type, enabled=False):
+            for network, layers in self.rounding.items():
+                of = dict(self.student.stored()[network].named_parameters())
+                parts.append(coded_bits(layers, of))
+        return torch.stack(parts).sum()
+
+    def squeeze(self, bits: float) -> None:
+        """From now on, train the codes towards so many bits in the file.
+
+        Bits get a price beside the error: the loss grows by λ max(R / R_a − 1, 0), R the bits that
+        the codes take and R_a those allowed now, which fall evenly (by their logarithm) from what
+        they are to `bits` over the first `SQUEEZED_BY` of the rounded iterations. λ follows:
+        λ ← λ exp(60 / n (R / R_a − 1)) each step, n the number of rounded iterations.
+
+        Source: the trade of rate for distortion by a multiplier is Everett's (1963); a penalty on
+        the codes' entropy in training, Ballé et al. 2017, eq. 3.
+
+        Raises:
+            ValueError: weights are not rounded yet, or not on symmetric grids.
+        """
+        if not self.rounding:
+            raise ValueError("only rounded weights have codes to squeeze: round them first")
+        first = self.bits() if self._bits is None else self._bits[0]
+        if self._bits is None:
+            self._reset_capture()
+        self._bits = (first, bits)
+
+    def _bits_allowed(self) -> float:
+        assert self._bits is not None
+        first, last = self._bits
+        recipe = self.recipe
+        rounded = max(1.0, SQUEEZED_BY * (recipe.iterations - recipe.rounding_at))
+        share = min(1.0, (self.iteration - recipe.rounding_at) / rounded)
+        return float(first * (last / first) ** share)
+
     # --- a step ----------------------------------------------------------------------------
 
     def _reset_capture(self) -> None:
@@ -290,6 +341,8 @@ class Recovery:
                 group["lr"].fill_(recipe.rate_at(self.iteration))
             else:
                 group["lr"] = recipe.rate_at(self.iteration)
+        if self._bits is not None:
+            self._allowed.fill_(self._bits_allowed())
         if self._eager_steps_left == 0:
             self._capture(picked)
         self._eager_steps_left -= 1
@@ -325,9 +378,16 @@ class Recovery:
             loss = loss + mse + coarse_weight * coarse_mse
         if self._teacher is not None:
             loss = loss + self._taught(rays, coarse, t_coarse, fine, t_fine)
+        if self._bits is not None:
+            excess = self._coded_bits() / self._allowed - 1.0
+            loss = loss + self._price * torch.relu(excess)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
+        if self._bits is not None:
+            with torch.no_grad():
+                rate = PRICE_RATE / (self.recipe.iterations - self.recipe.rounding_at)
+                self._price.mul_((rate * excess.detach().clamp(-0.1, 0.5)).exp())
         return mse.detach(), loss.detach()
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
@@ -450,6 +510,7 @@ class Recovery:
                 tensors[f"step.{name}"] = torch.as_tensor(moments["step"])
                 tensors[f"first.{name}"] = moments["exp_avg"]
                 tensors[f"second.{name}"] = moments["exp_avg_sq"]
+        tensors["price"] = self._price
         schemes: dict[str, dict[str, str]] = {}
         for network, of in self.rounding.items():
             schemes[network] = {layer: rounded.scheme for layer, rounded in of.items()}
@@ -462,6 +523,7 @@ class Recovery:
             "seconds": self.seconds,
             "seed": self.seed,
             "rounding": schemes,
+            "bits": None if self._bits is None else list(self._bits),
         }
         write_tensors(path, tensors, metadata)
 
@@ -486,6 +548,10 @@ class Recovery:
             self._generator.set_state(tensors["generator"])
             if schemes:
                 self.round_weights(_rounding_of(cast(Schemes, schemes), tensors, self.device))
+            bits = metadata.get("bits")
+            if isinstance(bits, list):
+                self._bits = float(bits[0]), float(bits[1])
+            self._price.copy_(tensors["price"])
             for name, parameter in self._parameters:
                 with torch.no_grad():
                     parameter.copy_(tensors[f"weights.{name}"])

@@ -188,6 +188,46 @@ def round_network(
     return rounded
 
 
+def coded_bits(
+    layers: Mapping[str, RoundedLayer], parameters: Mapping[str, Tensor]
+) -> Float[Tensor, ""]:
+    """About how many bits the codes of a network take, coded by their entropy; differentiable.
+
+    Of all whole numbers k with the same mean |k| = m, those of a two-sided geometric distribution
+    have the most entropy, so a code takes at most
+
+        H(m) = log₂((1 + θ) / (1 − θ)) − m log₂ θ,    θ = (√(1 + m²) − 1) / m
+
+    m is the mean of a layer's |c − Q|; its gradient is that of |W / s|, which also pushes at
+    weights that are rounded to 0.
+
+    Args:
+        layers: how each layer is rounded, all symmetrically (``int``).
+        parameters: ``<layer>.weight`` of each.
+
+    Raises:
+        ValueError: a layer is stored otherwise.
+    """
+    bits = []
+    for name, layer in layers.items():
+        kind, b = parse_scheme(layer.scheme)
+        if kind != "int" or b is None:
+            raise ValueError(f"only int schemes can be squeezed, not {layer.scheme!r}")
+        weight = parameters[f"{name}.weight"]
+        steps = (weight / layer.table("scale")[:, None]).abs()
+        codes = steps.detach().clamp(max=levels(kind, b)[1]).round()
+        m = (steps + (codes - steps).detach()).mean()
+        bits.append(weight.numel() * geometric_entropy(m))
+    return torch.stack(bits).sum()
+
+
+def geometric_entropy(m: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """H(m) in bits, see `coded_bits`."""
+    m = m.clamp(min=1e-4)
+    theta = m / (1.0 + (1.0 + m.square()).sqrt())  # the same, without cancellation near 0
+    return torch.log2((1.0 + theta) / (1.0 - theta)) - m * torch.log2(theta)
+
+
 def straight(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values rounded to a type and back, with the gradient straight through.
 

@@ -668,7 +668,7 @@ def _controls(grid: PruneGrid) -> Iterator[TrialConfig]:
             layer_ratios=(),
             calibration=None,
             seed=grid.calibration.seeds[0],
-            recover=replace(recover, source="photos", steps=1),
+            recover=replace(recover, source="photos", steps=1, squeeze=1.0),
         )
         if "dense_longer" in names:
             longer = replace(recover.at("fp32"), source="photos", steps=1)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ MARGIN = 0.02
 COARSER = 1.01
 """Where that was too little, grids are made coarser by this factor, again and again."""
 MOST_COARSER = 30
+SQUEEZES, SLACK = 6, 0.005
+"""How often a file that is squeezed is measured, and what is left free of it to be sure."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,9 @@ def recover_pruned(
             config.bits if number == last else "fp32",
             ground.running / f"state-{number}.safetensors",
             ground,
+            partial(_squeeze, config=config, info=info)
+            if number == last and recover.squeeze > 1
+            else None,
         )
         model = recovery.student
         seconds += recovery.seconds
@@ -172,6 +178,8 @@ def round_sizes(
     if config.size is None:
         return (None,) * steps
     size = round(config.size * (1 - MARGIN)) if _coded(config.bits) else config.size
+    if config.recover is not None and config.recover.squeeze > 1:
+        size = round(config.size * config.recover.squeeze)
     if steps == 1:
         return (size,)
     whole = with_fields(dense, config.networks, {})
@@ -353,8 +361,12 @@ def _trained(
     bits: str,
     state: Path,
     ground: Ground,
+    squeeze: Callable[[Recovery], None] | None = None,
 ) -> Recovery:
-    """Train to the end, going on from a saved state where there is one."""
+    """Train to the end, going on from a saved state where there is one.
+
+    `squeeze` is called when rounding begins, and `SQUEEZES` times in all until it ends.
+    """
 
     def begin() -> Recovery:
         model = copy.deepcopy(student)
@@ -374,6 +386,12 @@ def _trained(
             late = recovery.iteration >= recipe.rounding_at
             if late and not recovery.rounding and bits != "fp32":
                 recovery.round_weights(_rounding(recovery.student, trained, bits))
+            if squeeze is not None and recovery.rounding:
+                every = max(1, (recipe.iterations - recipe.rounding_at) // SQUEEZES)
+                place = (recovery.iteration - recipe.rounding_at) % every
+                if place == 0:
+                    squeeze(recovery)
+                step = min(step, every - place)
             step = max(1, round(recovery.advance(step).rate * REPORT_SECONDS))
             if time.monotonic() - saved > ground.checkpoint_seconds:
                 recovery.save(state)
@@ -383,6 +401,36 @@ def _trained(
         ground.saved()
         recovery.release()
     return recovery
+
+
+def _squeeze(recovery: Recovery, config: TrialConfig, info: Mapping[str, Any]) -> None:
+    """Say how many bits the codes may take, by what they take in the file that there would be now.
+
+    Raises:
+        BudgetError: everything but the codes is too large already.
+    """
+    assert config.size is not None
+    contents = _contents(recovery, config.bits, 1.0)
+    assert contents is not None
+    size = model_size(recovery.student, info, contents)
+    constant = {
+        name: replace(
+            of,
+            arrays={
+                array: torch.zeros_like(values) if array.endswith("/codes") else values
+                for array, values in of.arrays.items()
+            },
+        )
+        for name, of in contents.items()
+    }
+    fixed = model_size(recovery.student, info, constant)
+    allowed = (1 - SLACK) * config.size - fixed
+    if allowed <= 0:
+        raise BudgetError(
+            f"a file of {config.size:,} bytes is too small: {fixed:,} bytes of it are not codes; "
+            "squeeze less, so that more channels are removed"
+        )
+    recovery.squeeze(recovery.bits() * allowed / max(size - fixed, 1))
 
 
 def _rounding(

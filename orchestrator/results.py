@@ -31,6 +31,8 @@ def method_of(config: Mapping[str, Any]) -> str:
         words.append(f"recovered {config['recover_iterations']} {config.get('recover_from', '')}")
         if config.get("recover_steps", 1) != 1:
             words[-1] += f" in {config['recover_steps']} steps"
+        if config.get("recover_squeeze", 1.0) != 1.0:
+            words[-1] += f" squeezed {config['recover_squeeze']:g}"
     return ", ".join(words)
 
 
@@ -97,7 +99,8 @@ class Record:
             ``calibration_rays``, ``calibration_weighting``, ``seed``; with a size instead of a
             ratio ``size``, ``allocation``, ``coarse_weight``; where it was trained after pruning
             ``recover_iterations``, ``recover_from``, ``recover_learning_rate``, ``recover_rays``,
-            ``recover_rounding_from``, ``recover_steps``). A control has ``control`` (its name).
+            ``recover_rounding_from``, ``recover_steps``, ``recover_squeeze``). A control
+            has ``control`` (its name).
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
             ``params``, ``params_coarse`` (not of a shared network), ``params_fine``,
             ``flops_per_ray``, ``render_seconds``

@@ -134,7 +134,14 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 "a narrow NeRF of the same file size needs `sizes`; with ratios only "
                 "'dense_longer' can be trained beside",
             )
+    given = recover.get("squeeze", 1)
+    squeezed = any(factor != 1 for factor in (given if isinstance(given, list) else [given]))
+    if squeezed and "sizes" not in grid:
+        yield "recover.squeeze", "only a grid with `sizes` has a size to squeeze to"
+        squeezed = False
     for name in _names(grid, "bits", "fp32"):
+        if squeezed and name in SCHEMES and not name.startswith("int"):
+            yield "recover.squeeze", f"only int2 to int8 can be squeezed, not {name!r}"
         if name == "auto" or (name in SCHEMES and SCHEMES[name].needs_statistics):
             alike = "int2 to int8" if name == "auto" else SCHEMES[name].stored_as
             yield (

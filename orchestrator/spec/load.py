@@ -310,6 +310,7 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
             grid.recover.rays,
             grid.recover.rounding_from,
             grid.recover.steps,
+            grid.recover.squeeze,
         )
         for grid in parsed.prune
     )
@@ -446,6 +447,7 @@ def _grid(section: PruneSection) -> PruneGrid:
             rays=tuple(dict.fromkeys(recover.rays)),
             rounding_from=tuple(dict.fromkeys(recover.rounding_from)),
             steps=tuple(dict.fromkeys(recover.steps)),
+            squeezes=tuple(dict.fromkeys(recover.squeeze)),
             controls=tuple(dict.fromkeys(recover.controls)),
         ),
     )

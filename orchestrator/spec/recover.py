@@ -26,6 +26,8 @@ class Recover:
         rays: rays an iteration.
         rounding_from: share of the iterations after which few-bit weights are rounded in training.
         steps: rounds of pruning a part of the way and recovering from it.
+        squeeze: pruned to a file so many times as large, whose codes are then trained to take no
+            more bytes than the file may have.
     """
 
     iterations: int
@@ -34,14 +36,18 @@ class Recover:
     rays: int = 1024
     rounding_from: float = 0.3
     steps: int = 1
+    squeeze: float = 1.0
 
     def at(self, bits: str) -> "Recover":
         """The same, for weights stored so: where nothing is rounded, it never begins."""
-        return replace(self, rounding_from=0.0) if bits == "fp32" else self
+        return replace(self, rounding_from=0.0, squeeze=1.0) if bits == "fp32" else self
 
     def identity(self) -> dict[str, Any]:
         """What goes into keys."""
-        return asdict(self)
+        identity = asdict(self)
+        if self.squeeze == 1.0:
+            del identity["squeeze"]
+        return identity
 
     def flat(self) -> dict[str, Any]:
         """As records and MLflow name it."""
@@ -52,6 +58,7 @@ class Recover:
             "recover_rays": self.rays,
             "recover_rounding_from": self.rounding_from,
             "recover_steps": self.steps,
+            "recover_squeeze": self.squeeze,
         }
 
     def recipe(self, density_noise: float, precision: Precision, last: bool) -> RecoveryRecipe:
@@ -87,6 +94,7 @@ class RecoverAxes:
         rays: rays an iteration.
         rounding_from: when few-bit weights begin to be rounded.
         steps: numbers of rounds.
+        squeezes: how much larger files are pruned to, before their codes are trained smaller.
         controls: what is trained beside, for comparison; a narrow NeRF only with sizes.
     """
 
@@ -96,6 +104,7 @@ class RecoverAxes:
     rays: tuple[int, ...] = (1024,)
     rounding_from: tuple[float, ...] = (0.3,)
     steps: tuple[int, ...] = (1,)
+    squeezes: tuple[float, ...] = (1.0,)
     controls: tuple[ControlName, ...] = CONTROLS
 
     def recoveries(self) -> Iterator[Recover | None]:
@@ -105,6 +114,11 @@ class RecoverAxes:
                 yield None
                 continue
             for values in itertools.product(
-                self.sources, self.learning_rates, self.rays, self.rounding_from, self.steps
+                self.sources,
+                self.learning_rates,
+                self.rays,
+                self.rounding_from,
+                self.steps,
+                self.squeezes,
             ):
                 yield Recover(iterations, *values)

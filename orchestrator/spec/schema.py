@@ -440,6 +440,14 @@ class RecoverSection(_Section):
         Listed,
         Field(min_length=1, description="rounds of pruning a part of the way and recovering"),
     ] = [1]
+    squeeze: Annotated[
+        list[Annotated[Number, Field(ge=1, le=100)]],
+        Listed,
+        Field(
+            min_length=1,
+            description="prune to a file so many times as large, and train its codes to fit",
+        ),
+    ] = [1.0]
     controls: Annotated[
         list[Literal["dense_longer", "narrow"]],
         Listed,

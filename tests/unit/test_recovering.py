@@ -87,6 +87,11 @@ GRIDS = (
         "recover": {**RECOVER, "from": "distill", "steps": 2, "controls": []},
     },
     {"ratios": 0.5, "calibration": {"views": 2, "rays": 64}, "recover": RECOVER},
+    {
+        **SMALL,
+        "sizes": "4kB",
+        "recover": {**RECOVER, "iterations": 200, "squeeze": 1.5, "controls": []},
+    },
 )
 
 
@@ -129,10 +134,11 @@ def test_every_axis_of_a_recovery_is_part_of_the_key(tmp_path: Path) -> None:
         "rays": [64, 128],
         "rounding_from": [0.2, 0.5],
         "steps": [1, 2],
+        "squeeze": [1, 2.5],
         "controls": [],
     }
     trials = make_plan(sweep_of({**SMALL, "recover": recover}), Store(tmp_path)).trials
-    assert len(trials) == len({t.key for t in trials}) == 1 + 2 * 3 * 2 * 2 * 2 * 2
+    assert len(trials) == len({t.key for t in trials}) == 1 + 2 * 3 * 2 * 2 * 2 * 2 * 2
 
 
 def test_controls_stand_beside_every_recovery(tmp_path: Path) -> None:
@@ -172,6 +178,12 @@ def test_no_recovery_no_controls(tmp_path: Path) -> None:
             "needs `sizes`",
         ),
         ({**SMALL, "bits": "gptq4", "recover": {"iterations": 9}}, "bits", "'int4' is stored"),
+        (
+            {**SMALL, "bits": "kmeans4", "recover": {"iterations": 9, "squeeze": 2}},
+            "squeeze",
+            "int2",
+        ),
+        ({"ratios": 0.5, "recover": {"iterations": 9, "squeeze": 2}}, "squeeze", "`sizes`"),
         ({"masks": 0.5, "recover": {"iterations": 9}}, "recover", "would grow back"),
     ],
 )
@@ -215,6 +227,12 @@ def test_what_was_measured_is_the_file(done: Done) -> None:
         assert record.metrics["size_bytes"] == path.stat().st_size
         assert held_out.evaluate(load_model(path)[0]).psnr == record.metrics["psnr"]
         assert trial.config.size is None or path.stat().st_size <= trial.config.size
+
+
+def test_a_squeezed_model_fills_its_file(done: Done) -> None:
+    _, record = record_of(done, recover_squeeze=1.5)
+    assert 0.9 * 4000 < record.metrics["size_bytes"] <= 4000
+    assert method_of(record.config).endswith("recovered 200 photos squeezed 1.5")
 
 
 def test_rounds_prune_further_and_further(
@@ -289,12 +307,14 @@ def test_a_narrow_nerf_fills_the_same_file(done: Done) -> None:
 # --- going on, and failing ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 0])
 def test_a_worker_that_dies_changes_nothing(
     done: Done, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     bench, _ = done
-    if steps == 1:
+    if steps == 0:
+        trial, record, steps = *record_of(done, recover_squeeze=1.5), 1
+    elif steps == 1:
         trial, record = record_of(done, size=6000, recover_from="both")
     else:
         trial, record = record_of(done, recover_steps=2)

@@ -22,7 +22,7 @@ from nerf.recovery import (
     distillation_loss,
 )
 from nerf.rendering import RenderSettings
-from nerf.rounding import RoundedLayer, round_network
+from nerf.rounding import RoundedLayer, coded_bits, geometric_entropy, round_network
 from orchestrator.bridge import network_of
 from pruning import SCHEMES, quantize
 from tests.tiny_scene import tiny_scene
@@ -352,6 +352,49 @@ def test_an_unknown_scheme_or_a_missing_table_is_refused() -> None:
         RoundedLayer.begin("int9", W, {})
     with pytest.raises(ValueError, match="needs scale, offset"):
         RoundedLayer.begin("uint4", W, {})
+
+
+# --- squeezing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theta", [0.01, 0.3, 0.9])
+def test_the_entropy_is_that_of_a_geometric_distribution(theta: float) -> None:
+    k = np.arange(-2000, 2001)
+    p = (1 - theta) / (1 + theta) * theta ** np.abs(k).astype(float)
+    m = float((np.abs(k) * p).sum())
+    entropy = -float((p * np.log2(np.maximum(p, 1e-300))).sum())
+    assert float(geometric_entropy(torch.tensor(m))) == pytest.approx(entropy, rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int2", "int4", "int8"])
+def test_codes_take_no_more_bits_than_estimated(scheme: str) -> None:
+    model = model_of(0)
+    layers = rounding_of(model, scheme)["fine"]
+    bits = 0.0
+    for name, weight in network_of(model.fine).weights.items():
+        codes = layers[name].stored(weight, torch.zeros(len(weight)))[0]
+        assert codes is not None
+        counts = np.bincount(codes.flatten().numpy())
+        p = counts[counts > 0] / counts.sum()
+        bits -= float((p * np.log2(p)).sum()) * codes.numel()
+    estimated = float(coded_bits(layers, dict(model.fine.named_parameters())).detach())
+    assert bits <= estimated <= 1.6 * bits
+
+
+def test_only_symmetric_grids_can_be_squeezed() -> None:
+    model = model_of(0)
+    with pytest.raises(ValueError, match="only int schemes"):
+        coded_bits(rounding_of(model, "uint4")["fine"], dict(model.fine.named_parameters()))
+    with pytest.raises(ValueError, match="round them first"):
+        recovery_of().squeeze(100.0)
+
+
+def test_squeezing_brings_the_codes_to_the_bits_allowed() -> None:
+    recovery = advanced(recovery_of("photos", iterations=600, rounding_from=0.0), 1, "int4")
+    before = recovery.bits()
+    recovery.squeeze(0.5 * before)
+    advanced(recovery, 600, "int4")
+    assert 0.4 * before < recovery.bits() < 0.55 * before
 
 
 # --- stopping and going on ----------------------------------------------------------------------
