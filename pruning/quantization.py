@@ -98,11 +98,12 @@ SCHEMES: dict[str, Scheme] = {
     **{f"uint{b}": Scheme("uniform", b, symmetric=False) for b in range(2, 9)},
     **{f"gptq{b}": Scheme("uniform", b, gptq=True) for b in range(2, 9)},
     **{f"awq{b}": Scheme("uniform", b, balanced=True) for b in range(2, 9)},
+    **{f"awq-gptq{b}": Scheme("uniform", b, gptq=True, balanced=True) for b in range(2, 9)},
     **{f"kmeans{b}": Scheme("codebook", b) for b in range(1, 9)},
 }
 """The schemes by the name that a sweep file uses: ``int`` symmetric, ``uint`` with an offset,
-``gptq`` symmetric with error feedback, ``awq`` symmetric after balancing, ``kmeans`` a codebook a
-layer."""
+``gptq`` symmetric with error feedback, ``awq`` symmetric after balancing, ``awq-gptq`` both,
+``kmeans`` a codebook a layer."""
 
 
 def price_of(scheme: str) -> Price:

@@ -217,6 +217,25 @@ def _model_commands(command: Callable[..., Any]) -> None:
     render.add_argument("--fps", type=_count, default=30, help="frames a second of the video (30)")
     render.add_argument("-o", "--output", type=Path, required=True, help="file to write")
 
+    export = command(
+        "export",
+        models.export,
+        "write a model for other programs: safetensors, nerf-pytorch .tar, ONNX",
+        "prunefield export small.safetensors --format onnx -o small.onnx",
+    )
+    export.add_argument(
+        "checkpoint", type=Path, help="model.safetensors, or a nerf-pytorch .tar checkpoint"
+    )
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("safetensors", "tar", "onnx"),
+        help="safetensors: float32 weights, both networks; tar: where all hidden layers are of one "
+        "width; onnx: density and colour of both networks, the encoding included",
+    )
+    export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    export.add_argument("--json", action="store_true", help="as JSON")
+
     fetch = command(
         "fetch",
         models.fetch,
