@@ -16,7 +16,7 @@ that rounding to b makes in what layer l computes, r_l(b) bytes a weight, o_l(b)
 ω how much the errors of a network count, B the budget, λ the multiplier.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,9 @@ from pruning.quantization import entropy, price_of, quantize
 from pruning.solving import input_gram
 
 BISECTIONS = 40
+
+STEPS = (1, 2, 4, 8, 16, 32)
+"""Channels by which a layer is widened to use what is left of a budget."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,47 @@ class Joint:
         return float(rounding + sum(curve[m[node]] for node, curve in self.curves.items()))
 
     def within(self, amount: Number) -> tuple[dict[Node, int], dict[Node, Choice]]:
+        """Widths and choices within a budget: what a multiplier finds, filled up.
+
+        Args:
+            amount: B, bytes.
+
+        Raises:
+            BudgetError: one channel a layer in the fewest bits takes more.
+        """
+        return self._filled(*self.on_hull(amount), amount)
+
+    def _filled(
+        self, m: dict[Node, int], chosen: dict[Node, Choice], amount: Number
+    ) -> tuple[dict[Node, int], dict[Node, Choice]]:
+        """Spend what is left: again and again the change that gains most error per byte."""
+        while True:
+            cost, error = self.cost(m, chosen), self.error(m, chosen)
+            best: tuple[float, dict[Node, int], dict[Node, Choice]] | None = None
+            for wider, other in self._changes(m, chosen):
+                more, gain = self.cost(wider, other) - cost, error - self.error(wider, other)
+                if gain > 0 and cost + more <= amount:
+                    worth = gain / max(more, 1e-300)
+                    if best is None or worth > best[0]:
+                        best = worth, wider, other
+            if best is None:
+                return m, chosen
+            m, chosen = best[1], best[2]
+
+    def _changes(
+        self, m: dict[Node, int], chosen: dict[Node, Choice]
+    ) -> Iterator[tuple[dict[Node, int], dict[Node, Choice]]]:
+        """One layer somewhat wider, or stored in another way."""
+        for node, n in self.dense.items():
+            for step in STEPS:
+                if m[node] + step <= n:
+                    yield {**m, node: m[node] + step}, chosen
+        for r in self._readings:
+            for choice in r.choices:
+                if choice.error < chosen[r.node].error:
+                    yield m, {**chosen, r.node: choice}
+
+    def on_hull(self, amount: Number) -> tuple[dict[Node, int], dict[Node, Choice]]:
         """Widths and choices of least error that a multiplier finds within a budget.
 
         Args:

@@ -91,14 +91,21 @@ def test_a_budget_is_kept_and_no_cheaper_point_of_the_hull_is_better() -> None:
     least, most = pairs[:, 0].min(), pairs[:, 0].max()
     errors = []
     for amount in np.linspace(least, most, 12):
-        m, chosen = joint.within(float(amount))
+        m, chosen = joint.on_hull(float(amount))
         bytes_of, error = joint.cost(m, chosen), joint.error(m, chosen)
         assert bytes_of <= amount
-        # Whatever is better and fits lies above the line to some point of the hull that does not.
         better = pairs[(pairs[:, 0] <= bytes_of) & (pairs[:, 1] < error - 1e-12)]
         assert len(better) == 0
+        # What is left is spent, and no single change would gain more.
+        m, chosen = joint.within(float(amount))
+        assert joint.cost(m, chosen) <= amount
+        assert joint.error(m, chosen) <= error
+        error = joint.error(m, chosen)
+        for wider, other in joint._changes(m, chosen):
+            too_much = joint.cost(wider, other) > amount
+            assert too_much or joint.error(wider, other) >= error
         errors.append(error)
-    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > errors[-1]
     with pytest.raises(BudgetError, match="in the fewest bits"):
         joint.within(float(least) - 1)
 
