@@ -1,5 +1,6 @@
 """The deep pruning methods in a sweep: spec, keys, files of a size, few bits, shared networks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -370,10 +371,70 @@ def test_a_shared_network_is_stored_once(tmp_path: Path) -> None:
     assert one < write_model(tmp_path / "two", twice, "fp32", {})
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_damaged_quantised_files_are_refused(tmp_path: Path, shared: bool) -> None:
+def a_sparse_model() -> NerfModel:
+    """Half of the weights at 0, an odd number of them in each layer but one."""
+    generator = torch.Generator().manual_seed(0)
+    model = a_model()
+    with torch.no_grad():
+        for field in model.networks().values():
+            for name, weight in field.named_parameters():
+                if name.endswith("weight"):
+                    weight.mul_(torch.rand(weight.shape, generator=generator) < 0.5)
+    return model
+
+
+MIXED = {
+    name: {la.name: f"int{3 + i % 5}" for i, la in enumerate(graph_of(SHAPE).layers)}
+    for name in ("coarse", "fine")
+}
+
+
+def write_kind(path: Path, kind: str) -> NerfModel:
+    """A file of each kind; gives what it must hold."""
+    model = a_sparse_model() if kind.startswith("sparse") else a_model(kind == "shared")
+    bits: Any = {"mixed": MIXED, "sparse16": "fp16", "sparse32": "fp32"}.get(kind, "int4")
+    save_model(path, model, {}, packed(model, bits, sparse=kind.startswith("sparse")))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["sparse32", "sparse16", "mixed"])
+def test_sparse_and_mixed_files_come_back(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.safetensors"
-    write_model(path, a_model(shared), "int4", {})
+    model = write_kind(path, kind)
+    loaded, _ = load_model(path)
+    for name, field in model.stored().items():
+        got = network_of(loaded.networks()[name])
+        for layer, W in network_of(field).weights.items():
+            if kind == "mixed":
+                expected = quantize(network_of(field), MIXED[name]).network().weights[layer]
+            else:
+                expected = W if kind == "sparse32" else W.half().float()
+            assert torch.equal(got.weights[layer], expected)
+
+
+def test_a_sparse_file_pays_for_its_index(tmp_path: Path) -> None:
+    model = NerfModel.create(replace(SHAPE, trunk=(96,) * 4), SampleCounts(), 0)
+    weights = kept = biases = 0
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for field in model.networks().values():
+            for name, values in field.named_parameters():
+                if name.endswith("bias"):
+                    biases += values.numel()
+                    continue
+                values.mul_(torch.rand(values.shape, generator=generator) < 0.3)
+                weights += values.numel()
+                kept += int((values != 0).sum())
+    p = kept / weights
+    index = -weights * (p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8
+    row = sum(len(of.row()) for of in (packed(model, "fp32", sparse=True) or {}).values())
+    assert 4 * (kept + biases) + index < row < 4 * (kept + biases) + 1.03 * index + 16 * 45
+
+
+@pytest.mark.parametrize("kind", ["plain", "shared", "mixed", "sparse32"])
+def test_damaged_quantised_files_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model.safetensors"
+    write_kind(path, kind)
     data = path.read_bytes()
     for position in range(0, len(data), 31):
         path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
