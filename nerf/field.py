@@ -148,14 +148,14 @@ class Field(nn.Module):
         for index, layer in enumerate(self.trunk):
             if self.shape.skip is not None and index == self.shape.skip + 1:
                 h = torch.cat((encoded_points, h), dim=-1)
-            h = F.relu(layer(h))
+            h = layer(h).relu_()
         density = self.density(h)[..., 0]
         # The direction is the same along a ray: its share of the view layer is computed once.
         from_feature, from_direction = self.view.weight.split(
             (self.shape.feature, self.shape.direction_features), dim=1
         )
         ray_share = F.linear(encoded_directions, from_direction, self.view.bias)
-        h = F.relu(F.linear(self.feature(h), from_feature) + ray_share[:, None, :])
+        h = F.linear(self.feature(h), from_feature).add_(ray_share[:, None, :]).relu_()
         return density, self.rgb(h)
 
 

@@ -137,6 +137,16 @@ class RandomNumbers:
     coarse_noise: Float[Tensor, "rays coarse"] | None
     fine_noise: Float[Tensor, "rays all"] | None
 
+    def __getitem__(self, part: slice) -> "RandomNumbers":
+        """Those of some of the rays."""
+
+        def of(noise: Tensor | None) -> Tensor | None:
+            return None if noise is None else noise[part]
+
+        return RandomNumbers(
+            self.jitter[part], self.u[part], of(self.coarse_noise), of(self.fine_noise)
+        )
+
     @classmethod
     def draw(
         cls,
@@ -218,7 +228,7 @@ def merged(
 
 # Rays rendered at once. On a CPU the activations of a chunk should stay in the cache; on a GPU a
 # chunk should fill the device, and the memory that is free.
-CPU_CHUNK = 256
+CPU_CHUNK = 32
 CUDA_CHUNK = 16_384
 # Activations that are there at the same time while a layer is computed, fp32, and a little more.
 LIVE_ACTIVATIONS = 4

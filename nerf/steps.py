@@ -32,6 +32,8 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 # Steps that run eagerly before one is captured: libraries load and memory pools fill meanwhile.
 STEPS_BEFORE_CAPTURE = 5
+# Evaluations that a part of a batch has on a CPU: 256 channels of them in bf16 are 2 MiB, a cache.
+CPU_ROWS = 4096
 
 Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 Moments = Mapping[str, tuple[Tensor, Tensor]]
@@ -146,8 +148,7 @@ class EagerSteps:
         picked = job.pick(0)
         random_state = job.generator.get_state()
         with arithmetic(job.recipe.precision, job.device):
-            coarse_mse, fine_mse = self._forward(picked)
-            (coarse_mse + fine_mse).backward()
+            self._backward(picked)
         self._optimizer.zero_grad(set_to_none=True)
         job.generator.set_state(random_state)
         return self
@@ -193,29 +194,35 @@ class EagerSteps:
             job.generator.set_state(random_state)
             log.warning("training without a CUDA graph, which is slower: %s", error)
 
-    def _forward(self, picked: Int[Tensor, " rays"]) -> Losses:
+    def _backward(self, picked: Int[Tensor, " rays"]) -> Losses:
+        """Gradients of the losses; on a CPU part by part, so that activations stay in the cache."""
         job = self.job
         rays, colors = job.pool.rays[picked], job.pool.colors[picked]
+        samples = job.model.samples
         drawn = RandomNumbers.draw(
-            len(rays), job.model.samples, job.draws(), job.recipe.density_noise, job.device
+            len(rays), samples, job.draws(), job.recipe.density_noise, job.device
         )
-        return self._losses(job.model, rays, colors, job.settings, drawn)
+        size = len(rays)
+        if not self._on_gpu:
+            size = max(1, CPU_ROWS // (samples.coarse + samples.fine))
+        sums: list[Tensor] = []
+        for part in even_parts(len(rays), size):
+            found = self._losses(job.model, rays[part], colors[part], job.settings, drawn[part])
+            # The mean over the whole batch is the sum of the parts' means, each by its rays.
+            share = (part.stop - part.start) / job.batch
+            coarse_mse, fine_mse = found[0] * share, found[1] * share
+            (coarse_mse + fine_mse).backward()
+            both = [coarse_mse.detach(), fine_mse.detach()]
+            sums = [a + b for a, b in zip(sums, both, strict=True)] if sums else both
+        return sums[0], sums[1]
 
     def _update(self, picked: Int[Tensor, " rays"]) -> Losses:
-        coarse_mse, fine_mse = self._forward(picked)
         self._optimizer.zero_grad(set_to_none=True)
-        share = self.job.share
-        if share is not None:
-            # The mean over the whole batch is the sum of the parts' means, each by its rays.
-            part = len(picked) / self.job.batch
-            coarse_mse, fine_mse = coarse_mse * part, fine_mse * part
-        (coarse_mse + fine_mse).backward()
-        coarse_mse, fine_mse = coarse_mse.detach(), fine_mse.detach()
-        if share is not None:
-            parameters = list(self._parameters.values())
-            coarse_mse, fine_mse = share.sum_up(parameters, (coarse_mse, fine_mse))
+        losses = self._backward(picked)
+        if self.job.share is not None:
+            losses = self.job.share.sum_up(list(self._parameters.values()), losses)
         self._optimizer.step()
-        return coarse_mse, fine_mse
+        return losses
 
     def moments(self) -> Moments:
         """Adam's moments, see `Steps.moments`."""
@@ -251,3 +258,9 @@ def losses(
     """MSE of the coarse and of the fine colours."""
     coarse, fine = render_rays(model, rays, settings, drawn=drawn)
     return (coarse.rgb - colors).square().mean(), (fine.rgb - colors).square().mean()
+
+
+def even_parts(count: int, size: int) -> list[slice]:
+    """Cut `count` things into parts of at most `size`, all of one size but for one thing."""
+    parts = max(1, -(-count // size))
+    return [slice(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
