@@ -1,0 +1,150 @@
+"""Do many short trials keep the GPU busy? A sweep through Ray Tune against its own GPU time.
+
+    prunefield run sweeps/fern.yaml                          # once: the trained model
+    python benchmarks/fanout.py sweeps/fern.yaml --trials 500 --json fanout.json
+
+A sweep is made of the file's scene, training and storage (so that the trained model is there) and a
+grid of prunings that no other run has: both networks, activation and magnitude, ratios from 0.1 to
+0.9. It runs as any sweep does: Ray, Tune, the store, MLflow and the report included; its wall time
+is that of the whole run, and of the trials from the first record to the last.
+
+What the trials themselves need is measured afterwards, on others of the same kind spread over the
+same ratios, one after another in this process with nothing else running: GPU time is the sum of
+the durations of the kernels and copies of calibration, pruning and evaluation, by CUPTI through
+PyTorch's profiler. On a CPU it is CPU seconds of the process.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import yaml
+
+from nerf.devices import describe_device
+from orchestrator.plan import make_plan
+from orchestrator.provenance import Origin
+from orchestrator.stages import Stopwatch, Workbench
+from orchestrator.sweep import open_sweep, run
+
+CRITERIA = ("activation", "magnitude")
+
+
+def sweep_of(options: argparse.Namespace, name: str, ratios: list[float], seed: int) -> Path:
+    """Write a sweep file: the given one's scene, training and storage, and a grid of our own."""
+    data = yaml.safe_load(options.sweep.read_text())
+    data = data.get("metadata", {}).get("sweep", data)
+    sweep = {key: data[key] for key in ("scene", "train", "storage", "resources") if key in data}
+    sweep["name"] = name
+    sweep["prune"] = {
+        "networks": "both",
+        "criteria": list(CRITERIA),
+        "ratios": ratios,
+        "calibration": {"views": "all", "rays": options.rays, "seeds": seed},
+    }
+    sweep["evaluate"] = {**data.get("evaluate", {}), "precision": options.precision}
+    path = Path(options.folder) / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(sweep))
+    return path
+
+
+def ratios_of(count: int, shift: float) -> list[float]:
+    """Different ratios from 0.1 to 0.9, `shift` (in [0, 1)) of a step along."""
+    return [round(0.1 + 0.8 * (i + shift) / count, 9) for i in range(count)]
+
+
+def busy(work: Callable[[], Any]) -> float:
+    """Seconds the GPU (or this process, on a CPU) works for a call."""
+    if not torch.cuda.is_available():
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def alone(options: argparse.Namespace, seed: int) -> dict[str, float]:
+    """GPU seconds of the calibration, and of a trial on average, with nothing else running."""
+    ratios = ratios_of(max(1, options.sample // len(CRITERIA)), (seed % 997) / 997)
+    sweep, store = open_sweep(sweep_of(options, f"fanout-alone-{seed}", ratios, seed))
+    plan = make_plan(sweep, store)
+    bench = Workbench(sweep, store, Origin.here())
+    calibrations = sum(busy(lambda c=c: bench.calibrate(c, Stopwatch())) for c in plan.calibrations)
+    bench.prune(plan.trials[0], Stopwatch())  # kernels compile
+    rest = plan.trials[1:]
+    started = time.perf_counter()
+    own = sum(busy(lambda t=t: bench.prune(t, Stopwatch())) for t in rest)
+    wall = time.perf_counter() - started
+    return {
+        "sample": len(rest),
+        "calibration": calibrations,
+        "gpu_per_trial": own / len(rest),
+        "wall_per_trial_profiled": wall / len(rest),
+    }
+
+
+def main() -> None:
+    """Run the sweep, then measure its trials alone, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path, help="file of a sweep whose model is trained already")
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--sample", type=int, default=24, help="trials measured alone")
+    parser.add_argument("--rays", type=int, default=1024, help="calibration rays a view")
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--folder", default="prunefield-out/fanout", help="for the sweep files")
+    parser.add_argument("--seed", type=int, help="another seed runs anew (the time)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    seed = int(time.time()) % 1_000_000 if options.seed is None else options.seed
+    ratios = ratios_of(-(-options.trials // len(CRITERIA)), (seed % 991) / 991)
+    path = sweep_of(options, f"fanout-{seed}", ratios, seed)
+    sweep, store = open_sweep(path)
+    plan = make_plan(sweep, store)
+    if not all(training.trained for training in plan.trainings):
+        raise SystemExit(f"its model is not trained yet: prunefield run {options.sweep}")
+    todo = sum(not trial.cached for trial in plan.trials)
+    print(f"{todo} trials of {len(plan.trials)}, {len(plan.calibrations)} calibrations", flush=True)
+    started = time.perf_counter()
+    finished = run(path)
+    wall = time.perf_counter() - started
+    records = [store.read_record("trial", trial.key) for trial in plan.trials]
+    stages: dict[str, float] = {}
+    for record in records:
+        for stage, seconds in record.provenance.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + seconds
+    own = alone(options, seed + 1)
+    total = own["calibration"] + todo * own["gpu_per_trial"]
+    found = {
+        "hardware": describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "commit": Origin.here().commit,
+        "trials": todo,
+        "failures": len(finished.outcome.failures),
+        "wall": wall,
+        "gpu_seconds": total,
+        "ratio": wall / total,
+        "overhead_per_trial": (wall - total) / todo,
+        "trials_per_minute": 60 * todo / wall,
+        "stage_seconds_of_all_workers": stages,
+        "alone": own,
+    }
+    for name in ("trials", "failures", "wall", "gpu_seconds", "ratio", "overhead_per_trial",
+                 "trials_per_minute"):  # fmt: skip
+        print(f"{name:20} {found[name]:10.3f}")
+    for stage, seconds in stages.items():
+        print(f"  {stage:18} {seconds:10.3f} s, all workers together")
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
