@@ -5,8 +5,9 @@
 
 A sweep is made of the file's scene, training and storage (so that the trained model is there) and a
 grid of prunings that no other run has: both networks, activation and magnitude, ratios from 0.1 to
-0.9. It runs as any sweep does: Ray, Tune, the store, MLflow and the report included; its wall time
-is that of the whole run, and of the trials from the first record to the last.
+0.9. It runs as any sweep does: Ray, Tune, the store, MLflow and the report included. Its wall time
+is given until everything is logged and reported, and until the last trial has ended; Ray's start is
+part of both.
 
 What the trials themselves need is measured afterwards, on others of the same kind spread over the
 same ratios, one after another in this process with nothing else running: GPU time is the sum of
@@ -29,11 +30,24 @@ import yaml
 
 from nerf.devices import describe_device
 from orchestrator.plan import make_plan
+from orchestrator.progress import Progress
 from orchestrator.provenance import Origin
+from orchestrator.results import Record
 from orchestrator.stages import Stopwatch, Workbench
 from orchestrator.sweep import open_sweep, run
 
 CRITERIA = ("activation", "magnitude")
+
+
+class Clock(Progress):
+    """Progress that knows when the last trial ended."""
+
+    last = 0.0
+
+    def ended(self, record: Record | None) -> None:
+        """A node ended."""
+        self.last = time.perf_counter()
+        super().ended(record)
 
 
 def sweep_of(options: argparse.Namespace, name: str, ratios: list[float], seed: int) -> Path:
@@ -115,8 +129,9 @@ def main() -> None:
     todo = sum(not trial.cached for trial in plan.trials)
     print(f"{todo} trials of {len(plan.trials)}, {len(plan.calibrations)} calibrations", flush=True)
     started = time.perf_counter()
-    finished = run(path)
-    wall = time.perf_counter() - started
+    clock = Clock()
+    finished = run(path, clock)
+    wall, until_last = time.perf_counter() - started, clock.last - started
     records = [store.read_record("trial", trial.key) for trial in plan.trials]
     stages: dict[str, float] = {}
     for record in records:
@@ -130,18 +145,20 @@ def main() -> None:
         "trials": todo,
         "failures": len(finished.outcome.failures),
         "wall": wall,
+        "wall_until_last_trial": until_last,
         "gpu_seconds": total,
         "ratio": wall / total,
+        "ratio_until_last_trial": until_last / total,
         "overhead_per_trial": (wall - total) / todo,
         "trials_per_minute": 60 * todo / wall,
         "stage_seconds_of_all_workers": stages,
         "alone": own,
     }
-    for name in ("trials", "failures", "wall", "gpu_seconds", "ratio", "overhead_per_trial",
-                 "trials_per_minute"):  # fmt: skip
-        print(f"{name:20} {found[name]:10.3f}")
+    for name in ("trials", "failures", "wall", "wall_until_last_trial", "gpu_seconds", "ratio",
+                 "ratio_until_last_trial", "overhead_per_trial", "trials_per_minute"):  # fmt: skip
+        print(f"{name:24} {found[name]:10.3f}")
     for stage, seconds in stages.items():
-        print(f"  {stage:18} {seconds:10.3f} s, all workers together")
+        print(f"  {stage:22} {seconds:10.3f} s, all workers together")
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1))
 

@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", default="eager:float32,fused:bfloat16")
     parser.add_argument("--iterations", type=int, default=20_000)
+    parser.add_argument("--rays", type=int, default=1024, help="rays an iteration")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--scene", type=Path, help="LLFF folder ($PRUNEFIELD_DATA's fern)")
@@ -47,14 +48,14 @@ def main() -> None:
     print("run                  PSNR dB   SSIM   train PSNR   seconds    it/s", flush=True)
     for name in options.runs.split(","):
         backend, precision = name.split(":")
-        recipe = Recipe(iterations=options.iterations, precision=precision)
+        recipe = Recipe(iterations=options.iterations, rays=options.rays, precision=precision)
         trainer = Trainer(
             scene, FieldShape(), SampleCounts(), recipe, options.seed, device, backend
         )
         if trainer.backend != backend:
             print(f"{name:18} falls back to {trainer.backend}")
             continue
-        stem = f"{backend}-{precision}-{options.iterations}-{options.seed}"
+        stem = f"{backend}-{precision}-{options.iterations}-{options.rays}-{options.seed}"
         state, clock = options.folder / f"{stem}.state", options.folder / f"{stem}.json"
         seconds, saved, train_psnr = 0.0, time.monotonic(), float("nan")
         if state.is_file():

@@ -228,7 +228,7 @@ def merged(
 
 # Rays rendered at once. On a CPU the activations of a chunk should stay in the cache; on a GPU a
 # chunk should fill the device, and the memory that is free.
-CPU_CHUNK = 32
+CPU_CHUNK = 64
 CUDA_CHUNK = 16_384
 # Activations that are there at the same time while a layer is computed, fp32, and a little more.
 LIVE_ACTIVATIONS = 4

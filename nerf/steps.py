@@ -32,8 +32,8 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 # Steps that run eagerly before one is captured: libraries load and memory pools fill meanwhile.
 STEPS_BEFORE_CAPTURE = 5
-# Evaluations that a part of a batch has on a CPU: 256 channels of them in bf16 are 2 MiB, a cache.
-CPU_ROWS = 4096
+# Evaluations that a part of a batch has on a CPU: 256 channels of them in bf16 are 4 MiB, a cache.
+CPU_ROWS = 8192
 
 Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 Moments = Mapping[str, tuple[Tensor, Tensor]]

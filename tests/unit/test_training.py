@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nerf import steps
 from nerf.devices import arithmetic
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, SampleCounts
@@ -309,6 +310,29 @@ def test_reports_average_the_steps_since_the_last():
     assert progress.loss == pytest.approx(coarse + fine, rel=1e-6)
     assert progress.train_psnr == pytest.approx(-10 * math.log10(fine), abs=1e-5)
     assert progress.rate == pytest.approx(4 / progress.seconds)
+
+
+@pytest.mark.parametrize("rows", [1, 9 * 4])
+def test_a_batch_in_parts_is_the_whole_batch(rows, monkeypatch):
+    """One ray at a time, and parts of four rays at most."""
+    whole = trainer_of()
+    reports = [whole.advance(1).loss for _ in range(3)]
+    monkeypatch.setattr(steps, "CPU_ROWS", rows)
+    parts = trainer_of()
+    assert [parts.advance(1).loss for _ in range(3)] == pytest.approx(reports, rel=1e-5)
+    for name, weight in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(parts)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "size"), [(9, 4), (9, 9), (9, 100), (1, 1), (1024, 64), (7, 3)])
+def test_parts_are_even_and_complete(count, size):
+    parts = steps.even_parts(count, size)
+    numbers = [i for part in parts for i in range(count)[part]]
+    assert numbers == list(range(count))
+    lengths = {part.stop - part.start for part in parts}
+    assert max(lengths) <= size
+    assert max(lengths) - min(lengths) <= 1
+    assert len(parts) == math.ceil(count / size)
 
 
 def test_seeds_differ_and_repeat():
