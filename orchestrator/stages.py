@@ -45,6 +45,8 @@ STATE = "state.safetensors"
 STATISTICS = "statistics.safetensors"
 HISTORY = "history.json"
 REPORT_SECONDS = 1.0
+LAST_ITERATIONS = 50
+"""What a training's own PSNR is the mean over: it must not depend on how fast the machine was."""
 WAIT_SECONDS = 1.0
 BYTES_PER_PARAMETER = 4
 
@@ -272,7 +274,8 @@ class Workbench:
         try:
             while not trainer.done:
                 with watch.during("train"):
-                    progress = trainer.advance(step)
+                    left = training.recipe.iterations - trainer.iteration
+                    progress = trainer.advance(_stride(step, left))
                 spent += progress.seconds
                 history.append(_point(progress))
                 step = max(1, round(progress.rate * REPORT_SECONDS))
@@ -656,6 +659,11 @@ def _views(evaluation: Evaluation) -> tuple[ViewScore, ...]:
 
 def _widths(model: NerfModel) -> dict[str, tuple[int, ...]]:
     return {name: f.shape.trunk for name, f in model.stored().items()}
+
+
+def _stride(step: int, left: int) -> int:
+    """How many iterations to go on: the last report of a training is of the same ones always."""
+    return left if left <= LAST_ITERATIONS else min(step, left - LAST_ITERATIONS)
 
 
 def _point(progress: Progress) -> dict[str, float]:

@@ -485,3 +485,17 @@ def test_a_training_on_two_devices_leaves_the_same_kind_of_checkpoint(
     for name, weights in load_file(alone.folder("checkpoint", training.key) / MODEL).items():
         shared = load_file(together.folder("checkpoint", training.key) / MODEL)[name]
         torch.testing.assert_close(shared, weights, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("total", [1, 10, 49, 50, 51, 120, 1000])
+@pytest.mark.parametrize("step", [1, 7, 10, 49, 50, 51, 5000])
+def test_the_last_report_of_a_training_is_of_the_same_iterations_at_any_speed(
+    total: int, step: int
+) -> None:
+    strides, left = [], total
+    while left:
+        strides.append(stages._stride(step, left))
+        left -= strides[-1]
+        assert left >= 0
+    assert strides[-1] == min(total, stages.LAST_ITERATIONS)
+    assert max(strides) <= max(step, stages.LAST_ITERATIONS)
