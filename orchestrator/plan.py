@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from typing import Any, Literal
 
@@ -152,6 +152,30 @@ class Calibration:
         return f"{self.training}-{self.seed}{suffix}{self.group and '-'}{self.group}"
 
 
+@cache
+def _needs_of(
+    criterion: str,
+    schedule: str,
+    compensation: str,
+    errors: Errors,
+    masks: bool,
+    to_size: bool,
+    by_layer: bool,
+) -> Needs:
+    """What the statistics of a pruning must hold; a sweep asks for few, and many times."""
+    if masks:
+        return Needs(SPARSE[criterion].moments)
+    gradients = {*gradients_for([criterion])}
+    if errors == "pixel":
+        gradients.add("curvature")
+    if to_size:
+        moments = moments_for_budget(criterion, schedule, compensation)
+    else:
+        moments = moments_for([criterion], [compensation])
+    prunable: Prunable = "all" if to_size or by_layer else "trunk"
+    return Needs(tuple(sorted({*moments, *gradients})), prunable)
+
+
 @dataclass(frozen=True)
 class TrialConfig:
     """One pruning: by ratios, to a size, or of single weights.
@@ -198,17 +222,15 @@ class TrialConfig:
     @property
     def needs(self) -> Needs:
         """What its statistics must hold."""
-        if self.mask is not None:
-            return Needs(SPARSE[self.criterion].moments)
-        gradients = {*gradients_for([self.criterion])}
-        if self.errors == "pixel":
-            gradients.add("curvature")
-        if self.size is None:
-            moments = moments_for([self.criterion], [self.compensation])
-            prunable: Prunable = "all" if self.layers else "trunk"
-            return Needs(tuple(sorted({*moments, *gradients})), prunable)
-        moments = moments_for_budget(self.criterion, self.schedule, self.compensation)
-        return Needs(tuple(sorted({*moments, *gradients})), "all")
+        return _needs_of(
+            self.criterion,
+            self.schedule,
+            self.compensation,
+            self.errors,
+            self.mask is not None,
+            self.size is not None,
+            bool(self.layers),
+        )
 
     @property
     def needs_data(self) -> bool:
