@@ -109,6 +109,33 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def view(options: argparse.Namespace) -> int:
+    """Serve the viewer until interrupted."""
+    import threading
+
+    from nerf.checkpoints import load_model
+    from nerf.field import SampleCounts
+    from orchestrator.cli.models import _open
+    from orchestrator.viewer import Viewer
+
+    options.checkpoint = options.checkpoints[0]
+    first, scene, _ = _open(options)
+    samples = SampleCounts(*options.samples) if options.samples else None
+    others = [load_model(path, samples)[0].to(first.device) for path in options.checkpoints[1:]]
+    names = [
+        path.parent.name if path.stem == "model" else path.stem for path in options.checkpoints
+    ]
+    viewer = Viewer(names, [first, *others], scene, options.precision, options.port)
+    print(f"{viewer.address}  (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        viewer.stop()
+    return 0
+
+
 def schema(options: argparse.Namespace) -> int:
     """The sweep file's schema."""
     from orchestrator.spec.reference import json_schema, reference

@@ -203,6 +203,16 @@ def _model_commands(command: Callable[..., Any]) -> None:
     prune.add_argument("-o", "--output", type=Path, required=True, help="model file to write")
     prune.add_argument("--json", action="store_true", help="as JSON")
 
+    view = command(
+        "view",
+        analysis.view,
+        "look at models side by side in the browser, from where the mouse leads",
+        "prunefield view dense.safetensors small.safetensors --scene data/nerf_llff_data/fern",
+    )
+    view.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="models")
+    _add_scene(view)
+    view.add_argument("--port", type=_count, default=8080, help="on 127.0.0.1 (8080)")
+
     render = command(
         "render",
         models.render,
@@ -255,6 +265,10 @@ def _add_model(parser: Any) -> None:
     parser.add_argument(
         "checkpoint", type=Path, help="model.safetensors, or a nerf-pytorch .tar checkpoint"
     )
+    _add_scene(parser)
+
+
+def _add_scene(parser: Any) -> None:
     parser.add_argument(
         "--scene", type=Path, required=True, metavar="DIR", help="LLFF or Blender scene"
     )

@@ -39,6 +39,7 @@ COMMANDS = (
     "ui",
     "pick",
     "compare",
+    "view",
     "schema",
     "submit",
     "status",

@@ -1,0 +1,72 @@
+"""What the how-to and the README show is run here, or at least parsed, as it stands."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nerf.field import Field, FieldShape
+from nerf.scenes import SCENE_FORMATS
+from orchestrator.bridge import network_of
+from orchestrator.cli.parser import build_parser
+from orchestrator.spec import read_text
+from pruning import ALLOCATIONS, CRITERIA
+from tests.unit.sweep_builder import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)
+
+
+def test_the_how_to_runs_from_the_first_block_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for registry in (CRITERIA, ALLOCATIONS, SCENE_FORMATS):
+        for name in list(registry):
+            monkeypatch.setitem(registry, name, registry[name])  # type: ignore[index]
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    (folder / "poses.json").write_text(json.dumps(np.eye(4)[None, :3].repeat(3, 0).tolist()))
+    for view in range(3):
+        Image.effect_noise((12, 8), 40).convert("RGB").save(folder / f"{view}.png")
+    shape = FieldShape((8, 8, 8), None, 8, 4, point_octaves=2, direction_octaves=1)
+    names: dict[str, Any] = {"network": network_of(Field(shape)), "folder": folder}
+    pieces = blocks(ROOT / "docs" / "howto.md", "python")
+    assert len(pieces) == 4
+    try:
+        for piece in pieces:
+            exec(compile(piece, "docs/howto.md", "exec"), names)
+    finally:
+        CRITERIA.pop("spread", None)
+        ALLOCATIONS.pop("spare-the-first", None)
+        SCENE_FORMATS.pop("poses", None)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_every_command_shown_is_one_that_there_is(page: str) -> None:
+    shown = [
+        line.split("#")[0]
+        for block in blocks(ROOT / page, "sh")
+        for line in block.splitlines()
+        if line.startswith("prunefield ")
+    ]
+    assert len(shown) >= 4
+    for line in shown:
+        assert build_parser().parse_args(shlex.split(line)[1:]).command
+
+
+def test_every_sweep_shown_is_valid(tmp_path: Path) -> None:
+    for page in ("README.md", "docs/tutorial.md"):
+        for text in blocks(ROOT / page, "yaml"):
+            whole = "name:" in text
+            parts = "" if whole else "name: shown\nscene: {format: demo}\n"
+            read_text(parts + text, tmp_path / "shown.yaml")
+    assert TINY
