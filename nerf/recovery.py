@@ -12,7 +12,7 @@ colour, C a ray's colour; S the student (the pruned model), T the teacher.
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nerf import sampling
+from nerf.backends import Backend, choose, fall_back
 from nerf.cameras import Rays
 from nerf.devices import PRECISIONS, Precision, arithmetic
 from nerf.errors import CheckpointError, TrainingError
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 Source = Literal["photos", "distill", "both"]
 Schemes = Mapping[str, Mapping[str, str]]
+Asked = Callable[..., tuple[Tensor, Tensor]]
+"""A network on the fused kernels, see `nerf.fused_network`."""
 
 SHARED_COARSE = 0.1
 """How much the coarse picture of a shared network counts: it only has to place samples."""
@@ -204,6 +207,8 @@ class Recovery:
         seed: of ray order, jitter and invented poses.
         trained: names of the networks that are trained, of those that the student stores.
         pool: the scene's training rays, where they are made already.
+        backend: how the networks are run (`compiled` counts as `eager` here); `backend` then says
+            what was chosen.
 
     Example:
         >>> recovery = Recovery(pruned, dense, scene, RecoveryRecipe(2000, "both"), seed=0)
@@ -219,6 +224,7 @@ class Recovery:
         seed: int,
         trained: tuple[str, ...] | None = None,
         pool: RayPool | None = None,
+        backend: Backend = "auto",
     ) -> None:
         if recipe.source != "photos" and teacher is None:
             raise ValueError(f"learning by {recipe.source!r} needs a teacher")
@@ -252,6 +258,42 @@ class Recovery:
         )
         self._reset_capture()
         self._generator = torch.Generator(self.device).manual_seed((seed * 1_000_003 + 7) % 2**63)
+        self._students: dict[str, Asked] = {}
+        self._teachers: dict[str, Asked] = {}
+        self.backend = self._choose_networks(backend)
+
+    def _choose_networks(self, wanted: Backend) -> str:
+        """Put both models on the fused kernels where they can be; gives the backend."""
+        models = [model for model in (self.student, self._teacher) if model is not None]
+        shapes = [field.shape for model in models for field in model.stored().values()]
+        wanted = "eager" if wanted == "compiled" else wanted
+        precision, samples = self.recipe.precision, self.student.samples
+        if choose(wanted, self.device, precision, shapes, samples) != "fused":
+            return "eager"
+        try:
+            self._use_kernels()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver throws
+            fall_back("fused", error)
+            self._students, self._teachers = {}, {}
+            return "eager"
+        return "fused"
+
+    def _use_kernels(self) -> None:
+        from nerf.fused_network import FrozenNetwork, FusedNetwork  # noqa: PLC0415  (needs Triton)
+
+        student, samples = self.student, self.student.samples
+        rays = min(self.recipe.photo_rays, len(self.pool)) + self.recipe.invented_rays
+        counts = {"coarse": samples.coarse, "fine": samples.coarse + samples.fine}
+        if student.shared:  # asked once more at the drawn samples alone
+            counts["fine"] = samples.fine
+        for which, count in counts.items():
+            network = student.fine if student.shared or which == "fine" else student.coarse
+            self._students[which] = FusedNetwork(network.shape, rays, count, self.device)
+        if self._teacher is not None:
+            for name, field in self._teacher.networks().items():
+                self._teachers[name] = FrozenNetwork(field)
 
     @property
     def done(self) -> bool:
@@ -415,7 +457,7 @@ class Recovery:
             self.device,
         )
         name = "fine" if model.shared else "coarse"
-        coarse = ask(model.stored()[name], rays, t_coarse, weights[name])
+        coarse = self._ask("coarse", model.stored()[name], rays, t_coarse, weights[name])
         with torch.no_grad():
             seen = composite(coarse.density, coarse.raw_rgb, rays, t_coarse, settings)
             drawn = sampling.importance(
@@ -423,9 +465,23 @@ class Recovery:
             )
             t_fine, order = torch.cat((t_coarse, drawn), dim=-1).sort(dim=-1)
         if model.shared:
-            more = ask(model.fine, rays, drawn, weights["fine"])
+            more = self._ask("fine", model.fine, rays, drawn, weights["fine"])
             return coarse, t_coarse, coarse.joined(more).at(order), t_fine
-        return coarse, t_coarse, ask(model.fine, rays, t_fine, weights["fine"]), t_fine
+        fine = self._ask("fine", model.fine, rays, t_fine, weights["fine"])
+        return coarse, t_coarse, fine, t_fine
+
+    def _ask(
+        self,
+        which: str,
+        field: Field,
+        rays: Rays,
+        t: Float[Tensor, "rays samples"],
+        weights: Mapping[str, Tensor],
+    ) -> Answer:
+        """What the student says in a pass, on the backend."""
+        if which in self._students:
+            return Answer(*self._students[which](rays, t, weights))
+        return ask(field, rays, t, weights)
 
     def _rendered(
         self, coarse: Answer, t_coarse: Tensor, fine: Answer, t_fine: Tensor, rays: Rays
@@ -445,13 +501,16 @@ class Recovery:
     ) -> Float[Tensor, ""]:
         """The loss against the teacher; a shared student learns from its fine network alone."""
         assert self._teacher is not None
-        pairs = [(fine, self._teacher.fine, t_fine)]
+        pairs = [(fine, "fine", t_fine)]
         if not self.student.shared:
-            pairs.append((coarse, self._teacher.coarse, t_coarse))
+            pairs.append((coarse, "coarse", t_coarse))
         loss = torch.zeros((), device=self.device)
-        for answer, network, t in pairs:
+        for answer, name, t in pairs:
             with torch.no_grad():
-                told = ask(network, rays, t)
+                if name in self._teachers:
+                    told = Answer(*self._teachers[name](rays, t))
+                else:
+                    told = ask(self._teacher.networks()[name], rays, t)
             loss = loss + distillation_loss(answer, told, rays, t, self.settings)
         return loss
 

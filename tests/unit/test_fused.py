@@ -22,6 +22,7 @@ from nerf import backends
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.pool import RayPool
 from nerf.recipe import Recipe
+from nerf.recovery import Recovery, RecoveryRecipe
 from nerf.renderer import Renderer
 from nerf.rendering import RenderSettings, render_colors
 from nerf.training import Trainer
@@ -185,6 +186,33 @@ def test_pictures_are_the_eager_ones(shared, chunk):
     assert done[-1] == 11
     assert float(expected.std()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03 if GPU else 1e-4)
+
+
+# Recovery
+
+
+@pytest.mark.parametrize(("source", "shared"), [("photos", True), ("both", False)])
+def test_recovery_is_the_eager_one(source, shared):
+    def recovery_on(backend):
+        precision = "bfloat16" if backend == "fused" else "float32"
+        recipe = RecoveryRecipe(4, source, 3e-3, rays=9, density_noise=0.5, precision=precision)
+        recovery = Recovery(
+            a_model(shared), a_model(), tiny_scene(), recipe, 0, None, None, backend
+        )
+        assert recovery.backend == backend
+        return recovery
+
+    def weights_now(recovery):
+        return {name: value.detach().clone() for name, value in recovery._parameters}
+
+    kernels, plain = recovery_on("fused"), recovery_on("eager")
+    begun = weights_now(plain)
+    for step in range(2):
+        found, expected = kernels.advance(1), plain.advance(1)
+        assert found.loss == pytest.approx(expected.loss, rel=2e-2 if GPU else 1e-4), step
+    moved = distance(weights_now(plain), begun)
+    assert moved > 1e-4
+    assert distance(weights_now(kernels), weights_now(plain)) < (0.3 if GPU else 0.02) * moved
 
 
 # Falling back
