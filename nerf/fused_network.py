@@ -1,7 +1,7 @@
 """One network on the fused kernels as a function that autograd knows (needs Triton).
 
-What `nerf.fused` is to a plain training, this is to any other loss: the network runs on the kernels,
-forward and backward; everything around it stays PyTorch.
+What `nerf.fused` is to a plain training, this is to any other loss: the network runs on the
+kernels, forward and backward; everything around it stays PyTorch.
 """
 
 from collections.abc import Mapping
