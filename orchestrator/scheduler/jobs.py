@@ -72,7 +72,7 @@ class Jobs:
             if "No available agent" in str(error):
                 what += (
                     " (its head has no agent for jobs: if Ray has only just started, try again; if "
-                    "another Ray runs on that machine, it has taken port 52365: start the head with "
+                    "another Ray runs on that machine, it has port 52365: start the head with "
                     "another --dashboard-agent-listen-port)"
                 )
             raise ClusterError(_said(what, error)) from error
