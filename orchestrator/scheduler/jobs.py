@@ -37,9 +37,9 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each connection
         try:
             self._client = JobSubmissionClient(address)
+            logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each connection
         except Problems as error:
             raise ClusterError(_said(f"{address} takes no jobs", error)) from error
 
@@ -68,7 +68,14 @@ class Jobs:
                 )
             )
         except Problems as error:
-            raise ClusterError(_said("the cluster refused the job", error)) from error
+            what = "the cluster refused the job"
+            if "No available agent" in str(error):
+                what += (
+                    " (its head has no agent for jobs: if Ray has only just started, try again; if "
+                    "another Ray runs on that machine, it has port 52365: start the head with "
+                    "another --dashboard-agent-listen-port)"
+                )
+            raise ClusterError(_said(what, error)) from error
 
     def follow(self, job: str, show: Callable[[str], None]) -> int:
         """Show a job's output until it ends.

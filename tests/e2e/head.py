@@ -84,6 +84,7 @@ class Head:
             f"RAY_AUTH_MODE={mode} RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
             f"ray start --head --node-ip-address=127.0.0.1 --port={self.port} "
             f"--dashboard-host=127.0.0.1 --dashboard-port={self.dashboard} "
+            f"--dashboard-agent-listen-port={free_port()} "
             f"--ray-client-server-port={free_port()} --num-cpus=2 --disable-usage-stats "
             f"--temp-dir={self.folder}/ray"
         )

@@ -16,7 +16,7 @@ import yaml
 from tests.e2e.conftest import SWEEP
 from tests.e2e.head import TREE, Head
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 PRUNEFIELD = (sys.executable, "-m", "orchestrator")
 FILE = "sweeps/tiny.yaml"
@@ -88,7 +88,6 @@ def test_a_sweep_that_changed_since_ray_up_is_not_run(head: Head, tree: Path) ->
         head.cluster_file(tree / FILE, sweep_for(head))
 
 
-@pytest.mark.slow
 def test_prunefield_submit_refreshes_the_cluster_and_leaves_its_jobs_alone(
     head: Head, tree: Path
 ) -> None:
@@ -117,7 +116,6 @@ def test_prunefield_submit_refreshes_the_cluster_and_leaves_its_jobs_alone(
     assert wait_for(head, tree, "long.yaml", "KILLED")["silent"] is False
 
 
-@pytest.mark.slow
 def test_a_job_on_a_running_cluster_by_its_address(head: Head, tree: Path) -> None:
     sweep = sweep_for(head, iterations=14) | {"name": "by-address"}
     (tree / "by-address.yaml").write_text(yaml.safe_dump(sweep))
