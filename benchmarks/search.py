@@ -200,6 +200,9 @@ def _hypervolumes(found: Found) -> str:
         cells: list[object] = [name, len(sets[name][0])]
         for i, value in enumerate(of):
             base = values["uniform"][i]
+            if i == 0 and not found.final and "search" in name:
+                cells += ["not rendered", "–"]
+                continue
             cells += [f"{value:,.0f}", f"{100 * (value / base - 1):+.1f} %" if base else "–"]
         rows.append(cells)
     head = ["front of", "points", "held-out views, bytes·dB", "over uniform",
@@ -305,19 +308,28 @@ def _times(found: Found) -> str:
 
 
 def _plot_fronts(found: Found, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name, records, style in (
-        ("uniform", found.uniform, "s-"),
-        ("chain", found.chain, "^-"),
-        ("search", found.final, "o-"),
+    """Fronts on the validation rays, which were chosen by, and on the held-out views."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True, sharey=True)
+    for axes, validation, searched, title in (
+        (panels[0], True, found.full, "validation rays"),
+        (panels[1], False, found.final, "held-out views"),
     ):
-        line = front([point(r) for r in records])
-        axes.plot([p.size_bytes / 1e6 for p in line], [p.psnr for p in line], style, label=name)
-    axes.axhline(found.dense.metrics["psnr"], color="grey", lw=0.8, label="dense")
-    axes.set(xlabel="model file, MB", ylabel="PSNR on held-out views, dB")
-    axes.legend()
+        prefix = "validation_" if validation else ""
+        for name, records, style in (
+            ("uniform", found.uniform, "s-"),
+            ("chain", found.chain, "^-"),
+            ("search", searched, "o-"),
+        ):
+            scored = [r for r in records if f"{prefix}psnr" in r.metrics]
+            if line := front([point(r, validation) for r in scored]):
+                sizes = [p.size_bytes / 1e6 for p in line]
+                axes.plot(sizes, [p.psnr for p in line], style, ms=4, label=name)
+        dense = found.dense.metrics[f"{prefix}psnr"]
+        axes.axhline(dense, color="grey", lw=0.8, label="dense")
+        axes.set(xlabel="model file, MB", ylabel="PSNR, dB", title=title)
+        axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -348,10 +360,11 @@ def _plot_progress(found: Found, path: Path) -> None:
             seen.append(point(record, True))
         values.append(hypervolume(seen, found.reference))
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot(range(1, len(values) + 1), values)
-    for name, records in (("uniform", found.uniform), ("chain", found.chain)):
+    axes.plot(range(1, len(values) + 1), values, color="C2", label="search")
+    for name, records, color in (("uniform", found.uniform, "C0"), ("chain", found.chain, "C1")):
         scored = [point(r, True) for r in records if "validation_psnr" in r.metrics]
-        axes.axhline(hypervolume(scored, found.reference), ls="--", lw=0.8, label=name)
+        value = hypervolume(scored, found.reference)
+        axes.axhline(value, ls="--", lw=0.8, color=color, label=name)
     axes.set(xlabel="trials", ylabel="hypervolume on the validation rays, bytes·dB")
     axes.legend()
     figure.tight_layout()
