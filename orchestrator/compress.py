@@ -53,6 +53,8 @@ from pruning.selection import removed_count
 ATTEMPTS = 6
 FULL = 0.995
 """A file that uses so much of its size is not searched for a better one."""
+STEP_BACK = 0.002
+"""A file that is too large gives way by at least so much of its size."""
 
 COARSE_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """What `coarse_weight: auto` chooses from."""
@@ -435,7 +437,12 @@ def _fit(
         if best is not None and (best.size >= FULL * config.size or nothing_gone or now == before):
             break
         before = now
-        budget += (config.size - size) * (1.0 if size > config.size else 0.9)
+        if size > config.size:
+            # What the codes take is known only once they are made; too small a step back would
+            # come to the same file, or one as large, until the attempts are used up.
+            budget -= max(size - config.size, STEP_BACK * config.size)
+        else:
+            budget += (config.size - size) * 0.9
     if best is None:
         raise BudgetError(f"the file has {size:,} bytes where {config.size:,} are allowed")
     return best
