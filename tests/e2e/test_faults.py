@@ -59,6 +59,7 @@ def undisturbed(path: Path, folder: Path) -> dict[str, dict[str, float]]:
     return measured(folder)
 
 
+@pytest.mark.slow
 def test_only_what_fails_suffers(
     write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

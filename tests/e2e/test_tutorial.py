@@ -21,6 +21,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     write(tmp_path / "my-scene", binary=True)
     (text,) = blocks(ROOT / "docs" / "tutorial.md", "yaml")
