@@ -171,15 +171,17 @@ def write_csv(path: Path, trials: Sequence[Record]) -> None:
 
 
 def plot(path: Path, dense: Record, trials: Sequence[Record]) -> None:
-    """Size against PSNR, one colour a way of storing the weights."""
-    groups: dict[str, list[Record]] = defaultdict(list)
+    """Size against PSNR: one colour a way of storing the weights, one marker a scope."""
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for t in trials:
         kind = "single weights" if "mask" in t.config else str(config(t, "bits"))
-        groups[f"{kind}, {config(t, 'networks')}"].append(t)
+        groups[kind, str(config(t, "networks"))].append(t)
+    colours = {kind: f"C{i}" for i, kind in enumerate(sorted({kind for kind, _ in groups}))}
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    for name, of in sorted(groups.items()):
-        sizes = [t.metrics["size_bytes"] / 1e6 for t in of]
-        axes.plot(sizes, [psnr(t) for t in of], ".", label=name)
+    for (kind, scope), of in sorted(groups.items()):
+        sizes, marker = [t.metrics["size_bytes"] / 1e6 for t in of], "x" if scope == "both" else "."
+        values = [psnr(t) for t in of]
+        axes.plot(sizes, values, marker, color=colours[kind], label=f"{kind}, {scope}")
     axes.plot(dense.metrics["size_bytes"] / 1e6, psnr(dense), "k*", label="dense")
     axes.set(xscale="log", xlabel="file, MB", ylabel="held-out PSNR, dB")
     axes.grid(alpha=0.3)
