@@ -40,6 +40,7 @@ COMMANDS = (
     "pick",
     "compare",
     "view",
+    "export",
     "schema",
     "submit",
     "status",
