@@ -25,6 +25,7 @@ from typing import Any
 import PIL.Image
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from orchestrator.results import Record
@@ -89,9 +90,14 @@ class RunWriter:
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            return self.client.create_experiment(
-                name, artifact_location=names.artifact_location(self.uri, self.store)
-            )
+            try:
+                return self.client.create_experiment(
+                    name, artifact_location=names.artifact_location(self.uri, self.store)
+                )
+            except MlflowException:  # another sweep that begins now may have made it meanwhile
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)

@@ -319,6 +319,25 @@ def test_two_sweeps_in_one_process_do_not_meet(
     assert parents == {first.parent_run_id, second.parent_run_id}
 
 
+def test_an_experiment_that_another_sweep_makes_meanwhile_is_taken(
+    store: Store, records: tuple[Record, Record, Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = (store.root / "mlartifacts").as_uri()
+    MlflowClient(default_uri(store)).create_experiment("tests", artifact_location=place)
+    real, asked = MlflowClient.get_experiment_by_name, []
+
+    def too_early(client: MlflowClient, name: str) -> Any:
+        asked.append(name)
+        return None if len(asked) == 1 else real(client, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", too_early)
+    with tracking(store) as logger:
+        logger.record(records[1])
+    assert asked == ["tests", "tests"]
+    assert logger.unlogged == ()
+    assert Seen(store).one(records[1].key).info.status == "FINISHED"
+
+
 def test_system_metrics_stand_on_the_parent_and_their_thread_ends(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
