@@ -49,12 +49,12 @@ def main() -> int:
 def listening(path: Path, log: Path) -> Iterator[None]:
     """Keep the sweep's run in MLflow informed, and do what is asked for there."""
     from orchestrator.sweep import open_sweep  # noqa: PLC0415  after the output is copied
-    from orchestrator.tracking import default_uri  # noqa: PLC0415
+    from orchestrator.tracking import tracking_uri  # noqa: PLC0415
     from orchestrator.tracking.control import Control, Job  # noqa: PLC0415
 
     try:
         sweep, store = open_sweep(path)
-        uri = sweep.tracking.uri or default_uri(store)
+        uri = tracking_uri(sweep.tracking.uri, store)
     except PrunefieldError:
         yield  # the command says what is wrong
         return

@@ -72,6 +72,7 @@ def run(
         ) as tracking,
         show,
     ):
+        tracking.watch(show.state)
         log_known(plan, store, tracking)
         outcome = execute(plan, store, origin, [show, TrackingListener(tracking)], bench)
         results = collect(plan, store)

@@ -72,10 +72,10 @@ def pick(options: argparse.Namespace) -> int:
         write_model(chosen.model, options.output)
         more["output"] = str(options.output)
     if options.register:
-        from orchestrator.tracking import default_uri
+        from orchestrator.tracking import tracking_uri
         from orchestrator.tracking.registry import register
 
-        uri = sweep.tracking.uri or default_uri(store)
+        uri = tracking_uri(sweep.tracking.uri, store)
         registered = register(
             uri, sweep.tracking.experiment, sweep.name, chosen.record.key, chosen.sentence
         )

@@ -119,6 +119,7 @@ def _remote_commands(command: Callable[..., Any]) -> None:
         "say how a sweep stands, from anywhere that reaches its tracking server",
         "prunefield status sweeps/fern.yaml --json",
     )
+    status.add_argument("-f", "--follow", action="store_true", help="live, until the sweep ends")
     status.add_argument("--json", action="store_true", help="as JSON")
     logs = command(
         "logs",

@@ -85,16 +85,60 @@ def status(options: argparse.Namespace) -> int:
         state = _jobs(options).state(options.job)
         print(json.dumps({"job": options.job, "state": state}) if options.json else state)
         return 0 if state else 1
-    _, found = _look(options)
+    remote, found = _look(options)
     if options.json:
         print(json.dumps(found.to_json(), indent=1))
         return 0
+    if options.follow:
+        _watch(remote, found)
+        return 0
+    _say(found)
+    return 0
+
+
+def _watch(remote: "Remote", found: "SweepState") -> None:
+    """Show how a sweep stands until it ends: a panel in a terminal, a line a look without one."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from orchestrator.panel import line, panel
+
+    console = Console()
+    try:
+        if console.is_terminal:
+            with Live(console=console, transient=True, auto_refresh=False) as live:
+                while found.status == "RUNNING":
+                    if found.progress is not None:
+                        live.update(panel(found.progress), refresh=True)
+                    time.sleep(FOLLOW_SECONDS)
+                    found = remote.state(found.name, found.hash)
+        else:
+            shown = ""
+            while found.status == "RUNNING":
+                text = "" if found.progress is None else line(found.progress)
+                if text != shown:
+                    print(text, flush=True)
+                shown = text
+                time.sleep(FOLLOW_SECONDS)
+                found = remote.state(found.name, found.hash)
+    except KeyboardInterrupt:
+        print()  # the sweep goes on
+    _say(found)
+
+
+def _say(found: "SweepState") -> None:
+    """How a sweep stands, in a few lines; what its own terminal shows, while it runs."""
+    from rich.console import Console
+
+    from orchestrator.panel import clock, panel
+    from orchestrator.tracking.control import seconds_since
+
     print(f"sweep {found.name} ({found.hash}): {found.status}")
     if found.job:
         where = f" on cluster {found.cluster}" if found.cluster else ""
         print(f"  job {found.job}{where}, last sign of life {found.heartbeat}")
     if found.silent:
-        print("  the driver has been silent for a while: it may be dead; submit the sweep again")
+        print("  the driver has been silent for a while: it may be dead; start the sweep again")
     print(f"  planned:  {found.planned}")
     for label, counts in (("done", found.finished), ("failed", found.failed)):
         if counts:
@@ -103,7 +147,11 @@ def status(options: argparse.Namespace) -> int:
     for name, value in sorted(found.metrics.items()):
         if not name.startswith("system/"):
             print(f"  {name}: {value:g}")
-    return 0
+    if found.progress is not None:
+        since = seconds_since(found.progress["at"])
+        ago = f", {clock(since)} ago" if since and found.status == "RUNNING" else ""
+        print(f"  as of {found.progress['at']}{ago}:")
+        Console().print(panel(found.progress))
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -160,7 +208,7 @@ def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
     """Find a sweep, given by its file or by its name."""
     from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
-    from orchestrator.tracking import default_uri
+    from orchestrator.tracking import tracking_uri
     from orchestrator.tracking.control import Remote
 
     path = Path(options.sweep)
@@ -168,7 +216,7 @@ def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
     if path.is_file():
         sweep, store = open_sweep(path)
         remote = Remote(
-            given or sweep.tracking.uri or default_uri(store),
+            given or tracking_uri(sweep.tracking.uri, store),
             options.experiment or sweep.tracking.experiment,
         )
         return remote, remote.state(None, sweep.hash)

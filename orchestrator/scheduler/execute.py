@@ -45,6 +45,9 @@ class Listener(Protocol):
     def started(self, total: int) -> None:
         """So many nodes are about to run."""
 
+    def running(self, nodes: int) -> None:
+        """So many are under way: trainings, and the prunings and calibrations in lanes."""
+
     def ended(self, record: Record | None) -> None:
         """A node ended; calibrations that succeed leave no record."""
 
@@ -102,6 +105,10 @@ def execute(
         for listener in audience:
             listener.ended(record)
 
+    def on_running(nodes: int) -> None:
+        for listener in audience:
+            listener.running(nodes)
+
     searches = [search for search in plan.searches if not is_finished(search, store)]
     if searches:  # a database that cannot be used is better known before any work
         from orchestrator.search.search import open_study  # noqa: PLC0415  imports Optuna
@@ -109,7 +116,7 @@ def execute(
         for search in searches:
             open_study(plan.sweep, search, store).close()
     feeds = [SearchFeed(plan.sweep, search, store) for search in searches]
-    queue = PlanQueue(plan, on_progress, on_end, feeds)
+    queue = PlanQueue(plan, on_progress, on_end, feeds, on_running)
     for listener in audience:
         listener.started(queue.total)
     if queue.total == 0:

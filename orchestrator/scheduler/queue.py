@@ -96,6 +96,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         on_progress: called with a training's key and what it reports while it runs.
         on_end: called with a node and its failure, None if it succeeded.
         feeds: where more trials come from.
+        on_running: called with the number of nodes under way, when it changes.
     """
 
     def __init__(
@@ -104,10 +105,13 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         on_progress: Callable[[Training, dict[str, Any]], None],
         on_end: Callable[[Node, Failure | None], None],
         feeds: Iterable[Feed] = (),
+        on_running: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__(metric="done", mode="max")
         self._on_progress = on_progress
         self._on_end = on_end
+        self._on_running = on_running
+        self._running = 0  # as last told
         self._dispatch: Dispatch | None = None
         self._max_lanes = 1
         self._max_trainings: int | None = None  # at once; None: Ray's business
@@ -160,6 +164,19 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         """Nodes that are neither done nor failed yet; of a search about as many as are left."""
         feeds = (*self._idle_feeds, *self._feeds)
         return len(self._open) + sum(feed.left for feed in feeds if not feed.finished)
+
+    @property
+    def running(self) -> int:
+        """Nodes under way: every lane is at one, as long as there is one for it."""
+        trainings = sum(training is not None for training in self._trials.values())
+        waiting = sum(len(nodes) for nodes in self._waiting.values())
+        ready = len(self._open) - waiting - trainings - len(self._trainings)
+        return trainings + min(len(self._trials) - trainings, max(ready, 0))
+
+    def _tell_running(self) -> None:
+        if self.running != self._running:
+            self._running = self.running
+            self._on_running(self._running)
 
     def connect(self, dispatch: Dispatch, max_lanes: int) -> None:
         """Say where lanes get their work and how many the cluster can hold."""
@@ -226,6 +243,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next training, another lane, None to wait, or FINISHED."""
         self._pull()
+        self._tell_running()
         most = self._share_out()
         lanes = sum(training is None for training in self._trials.values())
         training_now = len(self._trials) - lanes
@@ -252,6 +270,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         for ended in result.get("ended", ()):
             self._end(ended)
         self._pull()
+        self._tell_running()
         self._share_out()
 
     def on_trial_complete(

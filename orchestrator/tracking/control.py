@@ -5,6 +5,7 @@ and that it is alive, and copies its output to the artifact ``log.txt``; ``prune
 the job's id in a tag, which the driver reads every few seconds.
 """
 
+import json
 import tempfile
 import threading
 from collections import Counter
@@ -152,12 +153,13 @@ class SweepState:
         job: id of the Ray job that drives it, if it was submitted.
         cluster: name of the cluster.
         heartbeat: last sign of life of a submitted driver, UTC, ISO 8601.
-        silent: whether it should have given one since.
+        silent: whether the driver should have given a sign of life since its last.
         planned: what it planned, in words.
         finished: trainings and trials that are done, by kind.
         failed: trainings and trials that failed, by kind.
         running: those under way or cut short, by kind.
         metrics: of the sweep, e.g. its hypervolume.
+        progress: what its terminal shows, see `Progress.state`; ``at`` is when.
     """
 
     name: str
@@ -173,6 +175,7 @@ class SweepState:
     failed: dict[str, int]
     running: dict[str, int]
     metrics: dict[str, float]
+    progress: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -208,7 +211,7 @@ class Remote:
         for child in self._children(run):
             kind = child.data.tags.get(names.KIND, "")
             counts.get(child.info.status, others)[kind] += 1
-        heartbeat = tags.get(HEARTBEAT)
+        heartbeat, progress = tags.get(HEARTBEAT), _progress(tags.get(names.PROGRESS))
         return SweepState(
             name=str(run.info.run_name),
             hash=tags.get(names.HASH, ""),
@@ -217,12 +220,14 @@ class Remote:
             job=tags.get(JOB),
             cluster=tags.get(CLUSTER),
             heartbeat=heartbeat,
-            silent=run.info.status == "RUNNING" and _silent(heartbeat),
+            silent=run.info.status == "RUNNING"
+            and _silent(max(filter(None, (heartbeat, (progress or {}).get("at"))), default=None)),
             planned=tags.get("prunefield.planned", ""),
             finished=dict(counts["FINISHED"]),
             failed=dict(counts["FAILED"]),
             running=dict(others),
             metrics=dict(run.data.metrics) if run.info.status != "RUNNING" else {},
+            progress=progress,
         )
 
     def log(self, state: SweepState) -> str:
@@ -292,11 +297,23 @@ def find_run(
     return next((run for run in runs if name is None or run.info.run_name == name), None)
 
 
-def _silent(heartbeat: str | None) -> bool:
-    if heartbeat is None:
-        return False
+def _progress(text: str | None) -> dict[str, Any] | None:
+    """What a driver left; None for what no version of this code wrote."""
     try:
-        last = datetime.fromisoformat(heartbeat)
+        found = json.loads(text or "null")
     except ValueError:
-        return False
-    return (datetime.now(UTC) - last).total_seconds() > SILENT_SECONDS
+        return None
+    return found if isinstance(found, dict) and "front" in found else None
+
+
+def seconds_since(at: str) -> float | None:
+    """Since a UTC time in ISO 8601; None if it is none."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds()
+    except (TypeError, ValueError):
+        return None
+
+
+def _silent(heartbeat: str | None) -> bool:
+    since = None if heartbeat is None else seconds_since(heartbeat)
+    return since is not None and since > SILENT_SECONDS

@@ -19,6 +19,9 @@ class TrackingListener:
     def started(self, total: int) -> None:
         """Nothing to log."""
 
+    def running(self, nodes: int) -> None:
+        """Nothing to log."""
+
     def progress(self, training: Training, report: Mapping[str, Any]) -> None:
         """A point on the training's curves."""
         curves = {name: float(report[name]) for name in CURVES if name in report}

@@ -10,14 +10,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from orchestrator.errors import TrackingError
 from orchestrator.results import Record
 from orchestrator.store import Store
-from orchestrator.tracking.names import SweepInfo, shown, tracking_uri
+from orchestrator.tracking.names import SweepInfo, progress_text, shown, tracking_uri
 
 if TYPE_CHECKING:  # MLflow takes two seconds to import: the thread does it
     from orchestrator.tracking.writer import RunWriter
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 CURVE_SECONDS = 2.0
 CURVE_POINTS = 250
+PROGRESS_SECONDS = 5.0
 ATTEMPTS = 4
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
@@ -83,6 +85,8 @@ class TrackingLogger:
         self._jobs: queue.SimpleQueue[tuple[str, Action] | None] = queue.SimpleQueue()
         self._curves: dict[str, list[CurvePoint]] = {}
         self._curves_lock = threading.Lock()
+        self._progress: Callable[[], Mapping[str, Any]] | None = None
+        self._progress_at = float("-inf")
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._closing = threading.Event()
@@ -118,6 +122,14 @@ class TrackingLogger:
     def report(self, folder: Path) -> None:
         """Keep the files of the report on the parent run."""
         self._put("the report", lambda writer: writer.write_report(folder))
+
+    def watch(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        """Leave word of how the sweep stands, every few seconds, for whoever asks from elsewhere.
+
+        Args:
+            state: gives it, from any thread; see `orchestrator.progress.Progress.state`.
+        """
+        self._progress = state
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until what was given so far is logged or given up; False after ``timeout`` s."""
@@ -188,7 +200,10 @@ class TrackingLogger:
             self._flush_curves(writer)
             what, action = job
             self._attempt(writer, what, action)
+            if time.monotonic() - self._progress_at >= PROGRESS_SECONDS:
+                self._tell_progress(writer)
         self._flush_curves(writer)
+        self._tell_progress(writer)
         self._attempt(writer, "the end of the sweep's run", lambda w: w.end(self._status))
 
     def _next(self) -> tuple[str, Action] | None:
@@ -209,6 +224,22 @@ class TrackingLogger:
                     f"curves of training {key}",
                     lambda w, key=key, part=part: w.write_curve(key, part),  # type: ignore[misc]
                 )
+
+    def _tell_progress(self, writer: "RunWriter") -> None:
+        """Once, without trying again: the next one says more."""
+        from orchestrator.tracking.stores import unreachable  # noqa: PLC0415  imports MLflow
+
+        if self._progress is None or unreachable(self.uri) is not None:
+            return
+        self._progress_at = time.monotonic()
+        state = self._progress()
+        if not state["total"]:
+            return  # nothing to run: what the last run left says more
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            writer.write_progress(progress_text(state, at))
+        except Exception:
+            log.debug("the progress could not be logged", exc_info=True)
 
     def _attempt(self, writer: "RunWriter", what: str, action: Action) -> None:
         """Run an action until it succeeds, fails `ATTEMPTS` times, or time is up.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.keys import content_key
+from orchestrator.panel import thinned
 from orchestrator.results import Record, method_of
 from orchestrator.store import Store
 from orchestrator.units import show_bytes
@@ -25,6 +26,7 @@ DIGEST = "prunefield.digest"
 TRAINING = "prunefield.training"
 TRAINING_RUN = "prunefield.training_run"
 FRONT = "prunefield.front"
+PROGRESS = "prunefield.progress"
 COMMIT = "prunefield.commit"
 SEED = "prunefield.seed"
 HARDWARE = "prunefield.hardware"
@@ -196,6 +198,21 @@ def image_step(record: Record) -> int:
     """The ratio in percent, so that the slider of an image grid walks through the ratios."""
     ratio = record.config.get("ratio", record.metrics.get("achieved_ratio", 0.0))
     return round(100 * ratio) if isinstance(ratio, int | float) else 0
+
+
+def progress_text(state: Mapping[str, Any], at: str) -> str:
+    """The state of a sweep as a tag's text, with the time; its front thinned to what a tag holds.
+
+    Args:
+        state: of `orchestrator.progress.Progress`.
+        at: UTC time, ISO 8601.
+    """
+    points = len(state["front"])
+    while True:
+        text = json.dumps({**state, "at": at, "front": thinned(state["front"], points)})
+        if len(text) <= MAX_TAG or points <= 1:
+            return text
+        points = max(1, points // 2)
 
 
 def _strings(values: Mapping[str, Any]) -> dict[str, str]:

@@ -365,6 +365,10 @@ class RunWriter:
             metrics=[Metric(name, float(v), _now(), 0) for name, v in metrics.items()],
         )
 
+    def write_progress(self, text: str) -> None:
+        """Leave word of how the sweep stands."""
+        self.client.log_batch(self.parent, tags=[RunTag(names.PROGRESS, text)])
+
     def write_report(self, folder: Path) -> None:
         """Keep the files of the report on the parent run."""
         self.client.log_artifacts(self.parent, str(folder), "report")

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestrator import progress
+from orchestrator.panel import gpus, thinned
 from orchestrator.pareto import front, points
 from orchestrator.progress import GpuUse, Progress, gpu_use
 from orchestrator.results import Failure
@@ -39,6 +41,24 @@ def test_json_lines_hold_counts_and_the_front() -> None:
     assert last["left_seconds"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_state_says_how_many_are_under_way_until_all_have_ended() -> None:
+    show = Progress(Console(file=io.StringIO()))
+    show.started(3)
+    show.running(2)
+    assert (show.state()["running"], show.state()["stage"]) == (2, "starting")
+    for record in (training_record(), None, None):
+        show.ended(record)
+    assert (show.state()["running"], show.state()["stage"]) == (0, "finished")
+
+
+@given(st.integers(0, 60), st.integers(1, 12))
+def test_a_thinned_front_keeps_its_order_and_its_end(points: int, most: int) -> None:
+    shown = thinned(range(points), most)
+    assert len(shown) == min(points, most)
+    assert sorted(set(shown)) == shown
+    assert not points or shown[-1] == points - 1
+
+
 def test_without_a_terminal_there_are_few_plain_lines() -> None:
     out = io.StringIO()
     run(Progress(Console(file=out, width=200)))
@@ -67,7 +87,7 @@ def test_gpu_use_comes_from_nvidias_tool(tmp_path: Path, monkeypatch: pytest.Mon
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert gpu_use() == [GpuUse(87, 4096, 143771), GpuUse(3, 0, 143771)]
-    assert progress._gpus(gpu_use()).startswith("GPU 0: 87 %, 4.0 of 140 GiB")
+    assert gpus([vars(use) for use in gpu_use()]).startswith("GPU 0: 87 %, 4.0 of 140 GiB")
     tool.write_text("#!/bin/sh\necho broken\n")
     assert gpu_use() == []
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))

@@ -1,5 +1,7 @@
 """The tracking logger against a real MLflow on SQLite."""
 
+import io
+import json
 import logging
 import threading
 from collections.abc import Callable
@@ -10,8 +12,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from rich.console import Console
 
+from orchestrator.cli import main
 from orchestrator.errors import TrackingError
+from orchestrator.progress import Progress
 from orchestrator.results import Failure, Record
 from orchestrator.store import Store
 from orchestrator.tracking import SweepInfo, TrackingLogger, default_uri, links, names
@@ -242,6 +247,47 @@ def test_an_interrupted_training_continues_its_curve(store: Store) -> None:
     history = seen.client.get_metric_history(run.info.run_id, "train/loss")
     assert [m.step for m in history] == [1, 2, 3, 4]
     assert {run.info.status for run in seen.runs} == {"FINISHED"}
+
+
+def test_status_shows_what_the_terminal_shows_while_the_sweep_runs(
+    store: Store, records: tuple[Record, Record, Record], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, trial, _ = records
+    show = Progress(Console(file=io.StringIO()))
+    ask = ["status", INFO.name, "--tracking", default_uri(store), "--experiment", "tests"]
+    with tracking(store) as logger:
+        show.started(30)
+        show.running(4)
+        for record in (dense, trial, *(None,) * 6):
+            show.ended(record)
+        logger.watch(show.state)
+        logger.record(dense)
+        assert logger.flush(30)
+        assert main([*ask, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["status"], found["silent"]) == ("RUNNING", False)
+        said = {name: found["progress"][name] for name in ("done", "total", "running", "failed")}
+        assert said == {"done": 8, "total": 30, "running": 4, "failed": 0}
+        assert [point["id"] for point in found["progress"]["front"]] == [trial.key, dense.key]
+        assert main(ask) == 0
+        text = capsys.readouterr().out
+        for words in ("RUNNING", "8/30", "4 running", "front so far", "activation both 30%"):
+            assert words in text
+    assert main([*ask, "--follow"]) == 0  # it has ended: nothing to wait for
+    assert "FINISHED" in capsys.readouterr().out
+
+
+def test_a_tag_holds_a_front_of_any_length() -> None:
+    state = Progress(Console(file=io.StringIO())).state()
+    point = {"id": "ab12" * 4, "size_bytes": 1.0, "psnr": 2.0, "model": "m" * 100}
+    at = "2026-01-02T03:04:05+00:00"
+    text = names.progress_text({**state, "front": [{**point, "psnr": i} for i in range(900)]}, at)
+    assert len(text) <= names.MAX_TAG
+    kept = [p["psnr"] for p in json.loads(text)["front"]]
+    assert kept[0] == 0
+    assert kept[-1] == 899
+    assert kept == sorted(kept)
+    assert len(kept) > 8
 
 
 def test_an_exception_fails_the_sweep_and_leaves_nothing_running(store: Store) -> None:
