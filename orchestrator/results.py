@@ -33,6 +33,8 @@ def method_of(config: Mapping[str, Any]) -> str:
             words[-1] += f" in {config['recover_steps']} steps"
         if config.get("recover_squeeze", 1.0) != 1.0:
             words[-1] += f" squeezed {config['recover_squeeze']:g}"
+        if "recover_density_noise" in config:
+            words[-1] += f" with noise {config['recover_density_noise']:g}"
     return ", ".join(words)
 
 
@@ -99,7 +101,8 @@ class Record:
             ``calibration_rays``, ``calibration_weighting``, ``seed``; with a size instead of a
             ratio ``size``, ``allocation``, ``coarse_weight``; where it was trained after pruning
             ``recover_iterations``, ``recover_from``, ``recover_learning_rate``, ``recover_rays``,
-            ``recover_rounding_from``, ``recover_steps``, ``recover_squeeze``). A control
+            ``recover_rounding_from``, ``recover_steps``, ``recover_squeeze``,
+            ``recover_density_noise``). A control
             has ``control`` (its name).
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
             ``params``, ``params_coarse`` (not of a shared network), ``params_fine``,

@@ -311,6 +311,7 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
             grid.recover.rounding_from,
             grid.recover.steps,
             grid.recover.squeeze,
+            grid.recover.density_noise or [None],
         )
         for grid in parsed.prune
     )
@@ -448,6 +449,7 @@ def _grid(section: PruneSection) -> PruneGrid:
             rounding_from=tuple(dict.fromkeys(recover.rounding_from)),
             steps=tuple(dict.fromkeys(recover.steps)),
             squeezes=tuple(dict.fromkeys(recover.squeeze)),
+            density_noises=tuple(dict.fromkeys(recover.density_noise)) or (None,),
             controls=tuple(dict.fromkeys(recover.controls)),
         ),
     )

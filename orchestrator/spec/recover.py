@@ -28,6 +28,8 @@ class Recover:
         steps: rounds of pruning a part of the way and recovering from it.
         squeeze: pruned to a file so many times as large, whose codes are then trained to take no
             more bytes than the file may have.
+        density_noise: standard deviation of the noise added to raw densities; None for that of
+            the training that made the dense model.
     """
 
     iterations: int
@@ -37,6 +39,7 @@ class Recover:
     rounding_from: float = 0.3
     steps: int = 1
     squeeze: float = 1.0
+    density_noise: float | None = None
 
     def at(self, bits: str) -> "Recover":
         """The same, for weights stored so: where nothing is rounded, it never begins."""
@@ -47,11 +50,13 @@ class Recover:
         identity = asdict(self)
         if self.squeeze == 1.0:
             del identity["squeeze"]
+        if self.density_noise is None:
+            del identity["density_noise"]
         return identity
 
     def flat(self) -> dict[str, Any]:
         """As records and MLflow name it."""
-        return {
+        flat: dict[str, Any] = {
             "recover_iterations": self.iterations,
             "recover_from": self.source,
             "recover_learning_rate": self.learning_rate,
@@ -60,12 +65,15 @@ class Recover:
             "recover_steps": self.steps,
             "recover_squeeze": self.squeeze,
         }
+        if self.density_noise is not None:
+            flat["recover_density_noise"] = self.density_noise
+        return flat
 
     def recipe(self, density_noise: float, precision: Precision, last: bool) -> RecoveryRecipe:
         """The recipe of one round; only the last one rounds weights.
 
         Args:
-            density_noise: of the training that made the dense model.
+            density_noise: of the training that made the dense model, where this says nothing.
             precision: of that training.
             last: whether it is the last round, which takes the iterations that do not divide.
         """
@@ -78,7 +86,7 @@ class Recover:
             learning_rate=self.learning_rate,
             rays=self.rays,
             rounding_from=self.rounding_from,
-            density_noise=density_noise,
+            density_noise=density_noise if self.density_noise is None else self.density_noise,
             precision=precision,
         )
 
@@ -95,6 +103,7 @@ class RecoverAxes:
         rounding_from: when few-bit weights begin to be rounded.
         steps: numbers of rounds.
         squeezes: how much larger files are pruned to, before their codes are trained smaller.
+        density_noises: added to raw densities; None for that of the dense model's training.
         controls: what is trained beside, for comparison; a narrow NeRF only with sizes.
     """
 
@@ -105,6 +114,7 @@ class RecoverAxes:
     rounding_from: tuple[float, ...] = (0.3,)
     steps: tuple[int, ...] = (1,)
     squeezes: tuple[float, ...] = (1.0,)
+    density_noises: tuple[float | None, ...] = (None,)
     controls: tuple[ControlName, ...] = CONTROLS
 
     def recoveries(self) -> Iterator[Recover | None]:
@@ -120,5 +130,6 @@ class RecoverAxes:
                 self.rounding_from,
                 self.steps,
                 self.squeezes,
+                self.density_noises,
             ):
                 yield Recover(iterations, *values)

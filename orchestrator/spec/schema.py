@@ -448,6 +448,14 @@ class RecoverSection(_Section):
             description="prune to a file so many times as large, and train its codes to fit",
         ),
     ] = [1.0]
+    density_noise: Annotated[
+        list[Annotated[Number, Field(ge=0)]],
+        Listed,
+        Field(
+            description="standard deviation of the noise added to raw densities; where it is not "
+            "given, that of the training"
+        ),
+    ] = []
     controls: Annotated[
         list[Literal["dense_longer", "narrow"]],
         Listed,

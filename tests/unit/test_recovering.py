@@ -19,6 +19,7 @@ from orchestrator.provenance import Origin
 from orchestrator.report.tables import front_json, results_csv, table
 from orchestrator.results import Record, method_of
 from orchestrator.spec import Sweep
+from orchestrator.spec.recover import Recover
 from orchestrator.stages import MODEL, Stopwatch, Workbench, failure_of
 from orchestrator.store import Store
 from orchestrator.sweep import collect, report_data
@@ -376,3 +377,18 @@ def test_a_recovery_that_diverges_is_a_failure_of_its_stage(
     assert failure.stage == "recover"
     assert "lower its learning rate (now 1e+30)" in failure.reason
     assert not store.has("trial", plan.trials[0].key)
+
+
+def test_noise_is_that_of_the_training_unless_the_recovery_says_otherwise() -> None:
+    silent, given = Recover(100), Recover(100, density_noise=0.0)
+    assert silent.recipe(1.0, "float32", last=True).density_noise == 1.0
+    assert given.recipe(1.0, "float32", last=True).density_noise == 0.0
+    assert "density_noise" not in silent.identity()  # keys of recoveries before stay as they were
+    assert given.identity()["density_noise"] == 0.0
+    assert given.flat()["recover_density_noise"] == 0.0
+
+
+def test_noises_fan_out(scene_folder: Path, store: Store) -> None:
+    grid = {**SMALL, "recover": {**RECOVER, "density_noise": [0, 1], "controls": []}}
+    plan = make_plan(swept(scene_folder, grid), store)
+    assert [t.config.recover and t.config.recover.density_noise for t in plan.trials] == [0, 1]
