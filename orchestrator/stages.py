@@ -6,7 +6,6 @@ then, so that whoever drives it can report and stop it. Nothing here knows about
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -509,8 +508,8 @@ class Workbench:
             "training_key": trial.training,
         }
         precision, stopped = self.sweep.protocol.precision, False
-        with tempfile.TemporaryDirectory(prefix="search.", dir=self.store.root / "tmp") as scratch:
-            path = Path(scratch) / MODEL
+        with self.store.scratch("search") as scratch:
+            path = scratch / MODEL
             with watch.during("prune"):
                 small = compress(path, dense, config, material, info)
             metrics = {

@@ -1,8 +1,6 @@
 """Run a plan on Ray Tune."""
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,11 +160,11 @@ def _fit(
         ),
         lambda config: tune.PlacementGroupFactory([wanted[config["kind"]]]),
     )
-    scratch = tempfile.mkdtemp(prefix="tune.", dir=store.root / "tmp")
     try:
         # So many may start at once: otherwise lanes would start one after another.
         pending = str(lanes + len(plan.trainings))
         with (
+            store.scratch("tune") as scratch,
             _quiet("ray.tune"),
             _quiet(
                 "ray.tune.execution.experiment_state", logging.CRITICAL
@@ -178,7 +176,7 @@ def _fit(
                 tune_config=tune.TuneConfig(search_alg=queue, num_samples=-1, reuse_actors=True),
                 run_config=tune.RunConfig(
                     name=plan.sweep.name,
-                    storage_path=scratch,
+                    storage_path=str(scratch),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=plan.sweep.resources.retries),
                 ),
@@ -189,7 +187,6 @@ def _fit(
             shares.leave()
         exchange.close()
         dispatcher.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin) -> Record | None:

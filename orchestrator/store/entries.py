@@ -18,7 +18,8 @@
       mlflow.db, mlartifacts/          the default tracking store
 
 An entry is written in a folder of its own under ``tmp/`` and published whole, so nothing
-half-written is ever taken for whole. Its record lists the SHA-256 of every file beside it.
+half-written is ever taken for whole; what a killed process left there goes with the next run.
+Its record lists the SHA-256 of every file beside it.
 
 With an address ``s3://bucket/prefix`` the entries are in that bucket (see
 `orchestrator.store.objects`), and the folder above is each machine's own copy of what it needed.
@@ -30,7 +31,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ from typing import Any
 
 from orchestrator.errors import StoreError
 from orchestrator.results import Record
-from orchestrator.store import leases
+from orchestrator.store import leases, scratch
 from orchestrator.store.backends import FOLDERS, RECORD, Backend, LocalBackend
 
 CACHE_VARIABLE = "PRUNEFIELD_CACHE"
@@ -84,6 +84,7 @@ class Store:
             StoreError: it cannot.
         """
         self._backend.prepare()
+        scratch.clear(self.root / "tmp")
 
     def identity(self) -> str:
         """What tells this storage from every other, wherever it is looked at from.
@@ -138,7 +139,7 @@ class Store:
         try:
             for folder in (self.root / "tmp", self.root / FOLDERS[kind]):
                 folder.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self.root / "tmp"))
+            temporary = scratch.make(self.root / "tmp", key)
             yield temporary
             self._backend.publish(kind, key, temporary)
         except OSError as error:
@@ -149,6 +150,26 @@ class Store:
         finally:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A folder for the time of a block, on the disk of the entries.
+
+        Raises:
+            StoreError: it cannot be made.
+        """
+        try:
+            (self.root / "tmp").mkdir(parents=True, exist_ok=True)
+            folder = scratch.make(self.root / "tmp", name)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to {self.root}/tmp: {error.strerror or error}; free space or check "
+                "the folder's permissions, then run again"
+            ) from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # --- the state of trainings under way ----------------------------------------------------
 

@@ -65,7 +65,7 @@ class Owner:
             what=what,
             user=_user(),
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=pid,
             born=psutil.Process(pid).create_time(),
             since=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -76,7 +76,7 @@ class Owner:
     @property
     def gone(self) -> bool:
         """Whether it is known to be dead: a process of this machine that is no more."""
-        if self.machine != _machine():
+        if self.machine != machine():
             return False
         try:
             process = psutil.Process(self.pid)
@@ -167,14 +167,19 @@ class Lease:
                 )
             except StoreError as error:
                 logger.debug("lease %s could not be renewed: %s", self.name, error)
-                if time.monotonic() - renewed < self.owner.seconds:
-                    continue
-                version = None
+                if not self.lost and time.monotonic() - renewed > self.owner.seconds:
+                    self._lose("the storage does not answer")
+                continue
             if version is None:
-                self._lost.set()
-                logger.warning("the lease %s was lost: another process may have it", self.name)
+                self._lose("another process took it over")
                 return
+            # Had anybody else held it meanwhile, it would not have been as it was left.
+            self._lost.clear()
             self._version, renewed = version, time.monotonic()
+
+    def _lose(self, why: str) -> None:
+        self._lost.set()
+        logger.warning("the lease %s was lost: %s", self.name, why)
 
 
 def take(backend: Backend, name: str, what: str, seconds: float = LEASE_SECONDS) -> Lease | Held:
@@ -235,7 +240,8 @@ def _user() -> str:
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
+    """This boot of this machine, and the namespace of its process numbers."""
     parts = [socket.gethostname()]
     for read in (
         lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),

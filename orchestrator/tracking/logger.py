@@ -32,6 +32,9 @@ ATTEMPTS = 4
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 30.0
 CLOSING_DELAY = 2.0
+OPEN_SECONDS = 300.0  # making the tables of a new database takes a while
+PROBE_AGAIN = 10.0
+MANY = 100
 
 CurvePoint = tuple[int, int, Mapping[str, float]]
 Action = Callable[["RunWriter"], None]
@@ -58,7 +61,8 @@ class TrackingLogger:
         info: what the parent run says about the sweep.
         store: where the files beside the records are.
         system_metrics: log CPU, memory, disk, network and GPU of this machine on the parent run.
-        patience: seconds to wait at the end for a tracking store that does not answer.
+        patience: seconds to wait at the end for a tracking store that does not answer; for one
+            that does, as long as it takes.
 
     Raises:
         TrackingError: on entering, when the tracking store cannot be used.
@@ -90,7 +94,9 @@ class TrackingLogger:
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._closing = threading.Event()
-        self._deadline = float("inf")
+        self._closed = float("inf")
+        self._answered = float("-inf")
+        self._well = False
         self._status = "FINISHED"
         self._error: TrackingError | None = None
         self._unlogged: list[tuple[str, str]] = []
@@ -144,7 +150,11 @@ class TrackingLogger:
 
     def __enter__(self) -> Self:
         self.start()
-        self._ready.wait()
+        if not self._ready.wait(OPEN_SECONDS):
+            raise TrackingError(
+                f"the tracking store {shown(self.uri)} does not answer: it takes connections, but "
+                f"could not be opened in {OPEN_SECONDS:g} s; see what it is doing, then run again"
+            )
         if self._error is not None:
             raise self._error
         return self
@@ -157,11 +167,18 @@ class TrackingLogger:
     ) -> None:
         if kind is not None:
             self._status = "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
-        self._deadline = time.monotonic() + self._patience
+        self._closed = time.monotonic()
         self._closing.set()
         self._jobs.put(None)
+        if (left := self._jobs.qsize()) > MANY:
+            log.warning(
+                "the sweep is done; the tracking store still takes in %d results (Ctrl-C leaves "
+                "them to the next run)",
+                left,
+            )
         if self._thread is not None:
-            self._thread.join(self._patience + 10)
+            while self._thread.is_alive() and time.monotonic() < self._deadline + 10:
+                self._thread.join(0.5)
             if self._thread.is_alive():
                 self._unlogged.append(("the rest", "the tracking store did not answer in time"))
         if self._unlogged:
@@ -173,6 +190,11 @@ class TrackingLogger:
                 "; ".join(self.unlogged[:3]) + "; …" * (len(self._unlogged) > 3),
                 self.store.address,
             )
+
+    @property
+    def _deadline(self) -> float:
+        """When a store that does not answer is given up: only the end has one."""
+        return max(self._closed, self._answered) + self._patience
 
     # --- the thread ------------------------------------------------------------------------
 
@@ -199,19 +221,20 @@ class TrackingLogger:
         while (job := self._next()) is not None:
             self._flush_curves(writer)
             what, action = job
-            self._attempt(writer, what, action)
+            if action is not None:
+                self._attempt(writer, what, action)
             if time.monotonic() - self._progress_at >= PROGRESS_SECONDS:
                 self._tell_progress(writer)
         self._flush_curves(writer)
         self._tell_progress(writer)
         self._attempt(writer, "the end of the sweep's run", lambda w: w.end(self._status))
 
-    def _next(self) -> tuple[str, Action] | None:
-        """The next job; none in a while is a job too, so that curves move on."""
+    def _next(self) -> tuple[str, Action | None] | None:
+        """The next job; none in a while is a job too, without an action: curves move on."""
         try:
             return self._jobs.get(timeout=CURVE_SECONDS)
         except queue.Empty:
-            return "curves", lambda _: None
+            return "curves", None
 
     def _flush_curves(self, writer: "RunWriter") -> None:
         with self._curves_lock:
@@ -254,15 +277,16 @@ class TrackingLogger:
 
         attempts, delay = 0, FIRST_DELAY
         while True:
-            problem = unreachable(self.uri)
+            well = self._well and time.monotonic() - self._answered < PROBE_AGAIN
+            problem = None if well else unreachable(self.uri)
             if problem is None:
                 try:
                     action(writer)
-                    self._told = False
+                    self._answered, self._well, self._told = time.monotonic(), True, False
                     return
                 except Exception as error:
                     log.debug("logging %s failed", what, exc_info=True)
-                    problem = brief(error)
+                    self._well, problem = False, brief(error)
                     attempts += not is_outage(error, self.uri)
             if attempts >= ATTEMPTS or time.monotonic() + delay > self._deadline:
                 self._unlogged.append((what, problem))

@@ -138,6 +138,7 @@ def record_tags(record: Record, info: SweepInfo, parent: str) -> dict[str, str]:
             HARDWARE: record.provenance.hardware,
             "prunefield.host": record.provenance.host,
             SEED: seed,
+            FRONT: "false" if record.kind == "trial" else None,
             FAILED_STAGE: record.failure.stage if record.failure else None,
             FAILED_REASON: record.failure.reason if record.failure else None,
         }

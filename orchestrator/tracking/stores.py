@@ -1,10 +1,12 @@
 """Opening a tracking store: every way it can be unusable becomes one clear error."""
 
 import contextlib
+import http.client
 import logging
 import os
 import socket
 import sqlite3
+import ssl
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
@@ -17,6 +19,9 @@ from orchestrator.tracking.names import shown, sqlite_path
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# By itself MLflow waits for two minutes, eight times: the tracking logger tries again by itself.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 import requests
 from mlflow import MlflowClient
@@ -24,10 +29,10 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 10
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-AWAY = (502, 503, 504)  # what MLflow and proxies answer when what is behind them is away
+AWAY = (429, 502, 503, 504)  # what MLflow and proxies answer when what is behind them is away
 GONE = (
     OperationalError,
     InterfaceError,
@@ -75,19 +80,41 @@ def open_client(uri: str) -> MlflowClient:
 
 
 def unreachable(uri: str) -> str | None:
-    """Why nothing listens at a server's address; None when something does, or for a file.
+    """Why a server cannot be spoken to now; None when it can be, or for a file.
 
-    One TCP connection: MLflow's own retries would take four minutes to say the same.
+    An MLflow server must answer something, since one that hangs still takes connections. MLflow's
+    own requests would take minutes to say the same.
     """
     parts = urllib.parse.urlsplit(uri)
-    default = PORTS.get(parts.scheme.partition("+")[0])
+    scheme = parts.scheme.partition("+")[0]
+    default = PORTS.get(scheme)
     if default is None or not parts.hostname:  # a file, or a socket of this machine
         return None
     try:
-        with socket.create_connection((parts.hostname, parts.port or default), PROBE_SECONDS):
-            return None
-    except (OSError, ValueError) as error:
+        host, port = parts.hostname, parts.port or default
+        if scheme in ("http", "https"):
+            _ask(scheme, host, port, f"{parts.path.rstrip('/')}/health")
+        else:
+            socket.create_connection((host, port), PROBE_SECONDS).close()
+    except TimeoutError:
+        return f"no answer within {PROBE_SECONDS:g} s"
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return brief(error)
+    return None
+
+
+def _ask(scheme: str, host: str, port: int, path: str) -> None:
+    """Wait for any answer at all; nothing is told, so whose certificate it is does not matter."""
+    connection = (
+        http.client.HTTPSConnection(
+            host, port, timeout=PROBE_SECONDS, context=ssl._create_unverified_context()
+        )
+        if scheme == "https"
+        else http.client.HTTPConnection(host, port, timeout=PROBE_SECONDS)
+    )
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        connection.getresponse()
 
 
 def is_outage(error: BaseException, uri: str) -> bool:
@@ -128,7 +155,8 @@ def quiet() -> Iterator[None]:
 
 def _probe_database(uri: str) -> None:
     """Connect once: MLflow itself would try for almost two minutes to learn of a wrong password."""
-    engine = create_engine(uri)
+    patience = {"connect_timeout": PROBE_SECONDS} if uri.startswith("postgresql") else {}
+    engine = create_engine(uri, connect_args=patience)
     try:
         engine.connect().close()
     finally:

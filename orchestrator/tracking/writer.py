@@ -35,6 +35,7 @@ from orchestrator.tracking.stores import open_client, quiet
 
 MAX_METRICS = 1000
 MAX_PARAMS = 100
+MAX_ENTITIES = 1000  # metrics, params and tags of one request
 PAGE = 1000
 MODEL_FILE = "model.safetensors"
 CURVES = "train/"
@@ -79,6 +80,7 @@ class RunWriter:
         self.experiment_id: str = self._experiment(experiment)
         self.parent: str = self._parent()
         self.children: dict[str, Child] = {}
+        self._dense: dict[str, str] = {}  # key of the run of each training's model
         self._outdated: set[str] = set()
         for run in self._search_children():
             self._take(run.data.tags[names.KEY], _child(run))
@@ -162,6 +164,7 @@ class RunWriter:
             )
             self.children[key] = keep
             self._outdated.add(drop.run_id)
+        self._index(key)
 
     # --- records ---------------------------------------------------------------------------
 
@@ -180,21 +183,22 @@ class RunWriter:
         if self.is_logged(record):
             return
         run_id = self._begin(record)
-        self._tag(record.key, names.record_tags(record, self.info, self.parent))
-        model_id = self._write_model(record, run_id) if record.failure is None else None
-        self._write_numbers(record, run_id, model_id)
+        model_id = None
         if record.failure is None:
+            model_id = self._write_model(record, run_id)
             self._write_images(record, run_id)
         if record.kind == "training":
             self._link_trials(record.training, run_id)
-        self._tag(record.key, {names.STATE: "logged", names.DIGEST: names.digest(record)})
+        whole = {names.STATE: "logged", names.DIGEST: names.digest(record)}
+        self._write_numbers(record, run_id, model_id, whole)
         self._end_child(record.key, "FAILED" if record.failure else "FINISHED", _ended(record))
 
     def _begin(self, record: Record) -> str:
         """A run in state ``logging`` for a record; what was cut short or is outdated is removed."""
         old = self.children.get(record.key)
+        tags = names.record_tags(record, self.info, self.parent)
         if old is not None and old.tags.get(names.STATE) == "live":
-            self._tag(record.key, {names.STATE: "logging"})
+            self._tag(record.key, {**tags, names.STATE: "logging"})
             return old.run_id
         name = names.run_name(record.kind, record.key, record.config)
         run_id = self._create(
@@ -202,7 +206,7 @@ class RunWriter:
             record.key,
             record.training,
             name=name,
-            state="logging",
+            tags={**tags, names.STATE: "logging"},
             start=_milliseconds(record.provenance.started),
         )
         if old is not None:
@@ -213,23 +217,32 @@ class RunWriter:
         return run_id
 
     def _create(
-        self, kind: str, key: str, training: str, *, name: str, state: str, start: int | None = None
+        self,
+        kind: str,
+        key: str,
+        training: str,
+        *,
+        name: str,
+        tags: Mapping[str, str],
+        start: int | None = None,
     ) -> str:
-        tags = names.child_tags(kind, key, training, self.info, self.parent)
-        tags[names.STATE] = state
+        tags = {**names.child_tags(kind, key, training, self.info, self.parent), **tags}
         if kind != "training" and (of := self._training_run(training)):
             tags[names.TRAINING_RUN] = of
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags, start_time=start)
         self.children[key] = Child(run.info.run_id, "RUNNING", tags, {})
+        self._index(key)
         return str(run.info.run_id)
+
+    def _index(self, key: str) -> None:
+        tags = self.children[key].tags
+        if tags.get(names.KIND) == "training":
+            self._dense[tags[names.TRAINING]] = key
 
     def _training_run(self, training: str) -> str | None:
         """The run of the model that a trial pruned, if it is known yet."""
-        for child in self.children.values():
-            is_training = child.tags.get(names.KIND) == "training"
-            if is_training and child.tags.get(names.TRAINING) == training:
-                return child.run_id
-        return None
+        key = self._dense.get(training)
+        return None if key is None else self.children[key].run_id
 
     def _remove_outdated(self) -> None:
         for run_id in tuple(self._outdated):
@@ -264,7 +277,10 @@ class RunWriter:
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         return str(model.model_id)
 
-    def _write_numbers(self, record: Record, run_id: str, model_id: str | None) -> None:
+    def _write_numbers(
+        self, record: Record, run_id: str, model_id: str | None, tags: Mapping[str, str]
+    ) -> None:
+        """Params, metrics, and after them tags: in one request, unless they are very many."""
         # The record's own time: writing the same number again is then no second number.
         at = _milliseconds(record.provenance.started)
         metrics = [
@@ -275,10 +291,15 @@ class RunWriter:
             Metric(name, value, at, step) for name, value, step in names.view_metrics(record)
         ]
         params = [Param(k, v[: names.MAX_PARAM]) for k, v in names.params(record).items()]
-        for batch in _batches(params, MAX_PARAMS):
+        *early, params = list(_batches(params, MAX_PARAMS)) or [[]]
+        for batch in early:
             self.client.log_batch(run_id, params=batch)
-        for batch in _batches(metrics, MAX_METRICS):
+        room = MAX_ENTITIES - len(params) - len(tags)
+        *early, metrics = list(_batches(metrics, room)) or [[]]
+        for batch in early:
             self.client.log_batch(run_id, metrics=batch)
+        self.client.log_batch(run_id, metrics=metrics, params=params, tags=_tags(tags))
+        self.children[record.key].tags.update(tags)
 
     def _write_images(self, record: Record, run_id: str) -> None:
         step = names.image_step(record)
@@ -308,7 +329,7 @@ class RunWriter:
         child = self.children.get(key)
         if child is None:
             name = names.run_name("training", key, {})
-            self._create("training", key, key, name=name, state="live")
+            self._create("training", key, key, name=name, tags={names.STATE: "live"})
             child = self.children[key]
         elif child.tags.get(names.STATE) != "live":
             return
@@ -358,7 +379,8 @@ class RunWriter:
         """Tag the runs of the front, so that the UI can filter them; metrics of the sweep."""
         for key, child in self.children.items():
             value = "true" if key in keys else "false"
-            if child.tags.get(names.KIND) == "trial" and child.tags.get(names.FRONT) != value:
+            is_trial = child.tags.get(names.KIND) == "trial"
+            if is_trial and child.tags.get(names.FRONT, "false") != value:
                 self._tag(key, {names.FRONT: value})
         self.client.log_batch(
             self.parent,
@@ -389,6 +411,7 @@ class RunWriter:
         child = self.children[key]
         self.client.log_batch(child.run_id, tags=_tags(tags))
         child.tags.update(tags)
+        self._index(key)
 
     def _end_child(self, key: str, status: str, at: int | None = None) -> None:
         child = self.children[key]

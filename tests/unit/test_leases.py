@@ -1,17 +1,23 @@
 """Who may do what: one driver a sweep, one worker a training."""
 
 import json
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator import stages
 from orchestrator.cli import main
+from orchestrator.errors import StoreError
 from orchestrator.plan import make_plan
 from orchestrator.provenance import Origin
 from orchestrator.stages import Stopwatch, Workbench
 from orchestrator.store import Held, Lease, Store
+from orchestrator.store.backends import LocalBackend
 from orchestrator.store.leases import Owner
 from orchestrator.sweep import open_sweep
 from orchestrator.tracking.names import lease_of
@@ -74,3 +80,42 @@ def test_a_training_whose_worker_died_elsewhere_is_taken_over(tmp_path: Path) ->
     assert updates[-1]["iteration"] == training.recipe.iterations
     assert store.has("checkpoint", training.key)
     assert store.lease_holder(f"training-{training.key}") is None
+
+
+def test_a_lease_outlives_a_storage_that_is_away_for_longer_than_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, away = Store(tmp_path / "store"), threading.Event()
+    swap = LocalBackend.swap
+
+    def unsteady(*arguments: Any) -> str | None:
+        if away.is_set():
+            raise StoreError("synthetic: the storage is away")
+        return swap(*arguments)
+
+    monkeypatch.setattr(LocalBackend, "swap", unsteady)
+    lease = store.lease("x", "a test", seconds=0.3)
+    assert isinstance(lease, Lease)
+    away.set()
+    wait_until(lambda: lease.lost)
+    away.clear()
+    wait_until(lambda: not lease.lost)
+    assert isinstance(store.lease("x", "another", seconds=0.3), Held)
+    # Had somebody taken it meanwhile, it would be theirs.
+    away.set()
+    wait_until(lambda: lease.lost)
+    theirs = replace(lease.owner, nonce="theirs")
+    store._backend.write("leases/x.json", json.dumps({"owner": asdict(theirs)}).encode())
+    away.clear()
+    lease._thread.join(10)
+    assert not lease._thread.is_alive()
+    assert lease.lost
+    lease.release()
+    assert store.read_text("leases/x.json") == json.dumps({"owner": asdict(theirs)})
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +58,27 @@ def test_prepare_makes_it_and_may_be_called_again(store: Store) -> None:
     store.prepare()
     assert {"tmp", "trials", "checkpoints"} <= {path.name for path in store.root.iterdir()}
     assert left_over(store) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_run(store: Store) -> None:
+    store.prepare()
+    made = "import sys; from orchestrator.store import scratch as s; from pathlib import Path;"
+    made += "print(s.make(Path(sys.argv[1]), 'abcd').name)"
+    said = subprocess.run(
+        [sys.executable, "-c", made, str(store.root / "tmp")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    dead = store.root / "tmp" / said
+    (dead / "renders").mkdir()
+    elsewhere = dead.with_name(f"abcd.00000000-{said.rpartition('-')[2]}")
+    elsewhere.mkdir()
+    with store.writing("trial", "0123") as ours, store.scratch("tune") as scratch:
+        store.prepare()
+        assert not dead.exists()
+        assert set(left_over(store)) == {ours, scratch, elsewhere}
+    assert left_over(store) == [elsewhere]
 
 
 WRITES: dict[str, Callable[[Store, Record], object]] = {

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -20,6 +21,7 @@ from orchestrator.errors import SpecError, TrackingError
 from orchestrator.results import Record
 from orchestrator.store import Lease, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger, names
+from orchestrator.tracking.control import Remote
 from orchestrator.tracking.stores import brief
 from orchestrator.tracking.ui import free_port, serve, ui_command
 from tests.services import Postgres, postgres
@@ -194,6 +196,39 @@ def test_a_server_that_is_down_for_a_while_gets_everything_once(tmp_path: Path) 
     time.sleep(2)
     assert closing.is_alive()
     with serve(database, port):
+        closing.join(60)
+        assert logger.unlogged == ()
+    assert_each_once(runs_of(database), records)
+
+
+def test_a_server_that_takes_connections_and_says_nothing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.tracking.stores.PROBE_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    database = f"sqlite:///{tmp_path / 'server.db'}"
+    store, records = filled(tmp_path / "store", 4)
+    with serve(database) as (address, server):
+        assert server is not None
+        logger = tracking(address, store)
+        logger.__enter__()
+        for record in records[:2]:
+            logger.record(record)
+        assert logger.flush(timeout=60)
+        os.killpg(server.pid, signal.SIGSTOP)
+        try:
+            for record in records[2:]:
+                logger.record(record)
+            closing = threading.Thread(target=logger.__exit__, args=(None, None, None))
+            closing.start()
+            with pytest.raises(TrackingError, match="does not answer: no answer within 1 s"):
+                Remote(address, "tests")
+            with pytest.raises(TrackingError, match="does not answer: no answer within 1 s"):
+                tracking(address, store).__enter__()
+            time.sleep(2)
+            assert closing.is_alive()
+        finally:
+            os.killpg(server.pid, signal.SIGCONT)
         closing.join(60)
         assert logger.unlogged == ()
     assert_each_once(runs_of(database), records)
