@@ -8,6 +8,9 @@ from nerf.checkpoints import save_model
 from nerf.field import NerfModel
 from nerf.interchange import export_tar
 from nerf.onnx_export import export_onnx
+from orchestrator.errors import OrchestratorError
+
+SUFFIXES = {".safetensors": "safetensors", ".tar": "tar", ".onnx": "onnx"}
 
 Exporter = Callable[[Path, NerfModel, Mapping[str, Any]], object]
 
@@ -27,6 +30,21 @@ FORMATS: dict[str, Exporter] = {
 
 ``safetensors`` is our own file with float32 weights, whatever bits they were read from; ``tar``
 needs nerf-pytorch's widths."""
+
+
+def form_of(path: Path) -> str:
+    """The format that a file's name says.
+
+    Raises:
+        OrchestratorError: it says none.
+    """
+    form = SUFFIXES.get(path.suffix.lower())
+    if form is None:
+        raise OrchestratorError(
+            f"{path}: the name of a model file ends with {', '.join(SUFFIXES)}, or its format is "
+            "given with --format"
+        )
+    return form
 
 
 def export(path: Path, model: NerfModel, info: Mapping[str, Any], form: str) -> int:

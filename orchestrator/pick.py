@@ -13,9 +13,9 @@ from typing import Any
 
 from nerf.checkpoints import load_model
 from nerf.files import replacing
-from nerf.interchange import export_tar
 from orchestrator import pareto
 from orchestrator.errors import SweepError
+from orchestrator.export import export, form_of
 from orchestrator.pareto import Point
 from orchestrator.report.data import ReportData
 from orchestrator.results import Record, method_of
@@ -147,21 +147,18 @@ def write_model(model: Path, out: Path) -> None:
 
     Args:
         model: our model file.
-        out: ``.safetensors`` for a copy, ``.tar`` for nerf-pytorch's format.
+        out: ``.safetensors`` for a copy; ``.tar`` and ``.onnx`` as `export` writes them.
 
     Raises:
-        CheckpointError: nerf-pytorch cannot hold networks of these shapes.
-        SweepError: another suffix.
+        CheckpointError: the format cannot hold networks of these shapes.
+        OrchestratorError: another suffix.
     """
-    if out.suffix == ".tar":
-        loaded, info = load_model(model)
-        iterations = info.get("iterations", 0)
-        export_tar(out, loaded, iterations if isinstance(iterations, int) else 0)
-    elif out.suffix == ".safetensors":
+    form = form_of(out)
+    if form == "safetensors":
         with replacing(out) as temporary:
             shutil.copyfile(model, temporary)
     else:
-        raise SweepError(f"{out}: a picked model is written as .safetensors or .tar")
+        export(out, *load_model(model), form)
 
 
 def _best(fitting: Iterable[Point], order: Callable[[Point], Any]) -> Point | None:

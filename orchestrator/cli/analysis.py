@@ -9,6 +9,8 @@ from typing import Any
 from orchestrator.errors import OrchestratorError, SweepError
 from orchestrator.units import parse_bytes
 
+SWEEP_FILES = (".yaml", ".yml")
+
 
 def add_commands(command: Callable[..., Any]) -> None:
     """Add the commands of this module to the parser."""
@@ -21,7 +23,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     picking.add_argument("sweep", type=Path, help="sweep file")
     add_rule(picking)
     picking.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="write it: .safetensors, or .tar"
+        "-o", "--output", type=Path, metavar="FILE", help="write it: .safetensors, .tar, .onnx"
     )
     picking.add_argument(
         "--register", action="store_true", help="in MLflow's registry, under the sweep's alias"
@@ -72,15 +74,7 @@ def pick(options: argparse.Namespace) -> int:
         write_model(chosen.model, options.output)
         more["output"] = str(options.output)
     if options.register:
-        from orchestrator.tracking import tracking_uri
-        from orchestrator.tracking.registry import register
-
-        uri = tracking_uri(sweep.tracking.uri, store)
-        registered = register(
-            uri, sweep.tracking.experiment, sweep.name, chosen.record.key, chosen.sentence
-        )
-        more["registered"] = registered.uri
-        more["version"] = registered.version
+        more |= _register(sweep, store, chosen, options.output)
     if options.json:
         print(json.dumps({**chosen.to_json(), **more}, indent=1))
         return 0
@@ -90,6 +84,59 @@ def pick(options: argparse.Namespace) -> int:
     for what, value in more.items():
         print(f"{what + ':':<7} {value}")
     return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a model, or the one to ship of a sweep, in a format that other programs read."""
+    from nerf.checkpoints import load_model
+    from orchestrator.cli.models import _check_output
+    from orchestrator.export import export as write
+    from orchestrator.export import form_of
+    from orchestrator.pick import pick as choose
+
+    form = options.format or form_of(options.output)
+    source, said = options.model, {}
+    of_sweep = source.suffix in SWEEP_FILES
+    asked = options.max_size is not None or options.min_psnr is not None or options.knee
+    if not of_sweep and (asked or options.register is not None):
+        raise OrchestratorError(
+            f"{source} is a model: --max-size, --min-psnr, --knee and --register choose and "
+            "register one of a sweep, whose file ends with .yaml"
+        )
+    if of_sweep:
+        data, sweep, store = _read(source)
+        chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path)
+        source, said = chosen.model, chosen.to_json()
+    _check_output(options.output)
+    size = write(options.output, *load_model(source), form)
+    said |= {"output": str(options.output), "format": form, "size_bytes": size}
+    if of_sweep and options.register is not False:
+        said |= _register(sweep, store, chosen, options.output)
+    if options.json:
+        print(json.dumps(said, indent=1))
+        return 0
+    if of_sweep:
+        print(chosen.sentence)
+    print(f"{options.output}: {size:,} bytes")
+    if "registered" in said:
+        print(f"registered: {said['registered']}, version {said['version']}")
+    return 0
+
+
+def _register(sweep: Any, store: Any, chosen: Any, file: Path | None) -> dict[str, Any]:
+    """Put a picked model into MLflow's registry, with the file that was written of it."""
+    from orchestrator.tracking import tracking_uri
+    from orchestrator.tracking.registry import register
+
+    found = register(
+        tracking_uri(sweep.tracking.uri, store),
+        sweep.tracking.experiment,
+        sweep.name,
+        chosen.record.key,
+        chosen.sentence,
+        [file] if file else [],
+    )
+    return {"registered": found.uri, "version": found.version}
 
 
 def compare(options: argparse.Namespace) -> int:

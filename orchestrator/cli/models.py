@@ -223,22 +223,6 @@ def render(options: argparse.Namespace) -> int:
     return 0
 
 
-def export(options: argparse.Namespace) -> int:
-    """Write a model in a format that other programs read."""
-    from nerf.checkpoints import load_model
-    from orchestrator.export import export as write
-
-    model, info = load_model(options.checkpoint)
-    _check_output(options.output)
-    size = write(options.output, model, info, options.format)
-    if options.json:
-        said = {"output": str(options.output), "format": options.format, "size_bytes": size}
-        print(json.dumps(said, indent=1))
-    else:
-        print(f"{options.output}: {size:,} bytes")
-    return 0
-
-
 def fetch(options: argparse.Namespace) -> int:
     """Download a public scene."""
     from nerf.scenes import PUBLIC_SCENES, Progress, fetch_scene

@@ -230,19 +230,28 @@ def _model_commands(command: Callable[..., Any]) -> None:
 
     export = command(
         "export",
-        models.export,
-        "write a model for other programs: safetensors, nerf-pytorch .tar, ONNX",
-        "prunefield export small.safetensors --format onnx -o small.onnx",
+        analysis.export,
+        "write a model, or the one to ship of a sweep, for other programs",
+        "prunefield export sweeps/demo.yaml --max-size 300kB -o small.onnx",
     )
     export.add_argument(
-        "checkpoint", type=Path, help="model.safetensors, or a nerf-pytorch .tar checkpoint"
+        "model",
+        type=Path,
+        metavar="MODEL_OR_SWEEP",
+        help="model.safetensors, a nerf-pytorch .tar checkpoint, or a sweep file (.yaml)",
     )
+    analysis.add_rule(export)
     export.add_argument(
         "--format",
-        required=True,
         choices=("safetensors", "tar", "onnx"),
-        help="safetensors: float32 weights, both networks; tar: where all hidden layers are of one "
-        "width; onnx: density and colour of both networks, the encoding included",
+        help="as the file's name ends, if not given. safetensors: float32 weights, both networks; "
+        "tar: where all hidden layers are of one width; onnx: density and colour of both networks, "
+        "the encoding included",
+    )
+    export.add_argument(
+        "--register",
+        action=argparse.BooleanOptionalAction,
+        help="a sweep's model in MLflow's registry, under the sweep's alias (yes)",
     )
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     export.add_argument("--json", action="store_true", help="as JSON")

@@ -5,7 +5,9 @@ alias with the sweep's name points at the latest: ``models:/prunefield@fern``.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
@@ -34,7 +36,9 @@ class Registered:
         return f"models:/{self.name}@{self.alias}"
 
 
-def register(uri: str, experiment: str, sweep: str, key: str, sentence: str) -> Registered:
+def register(
+    uri: str, experiment: str, sweep: str, key: str, sentence: str, files: Iterable[Path] = ()
+) -> Registered:
     """Register the logged model of a record; registering it again moves the alias back to it.
 
     Args:
@@ -43,6 +47,7 @@ def register(uri: str, experiment: str, sweep: str, key: str, sentence: str) -> 
         sweep: name of the sweep, for the alias.
         key: of the trial or training.
         sentence: why it is shipped, kept as the version's description.
+        files: to keep beside the model, such as what was exported of it.
 
     Raises:
         TrackingError: the store cannot be used, or holds no such model.
@@ -62,6 +67,8 @@ def register(uri: str, experiment: str, sweep: str, key: str, sentence: str) -> 
     model = models[0]
     alias = re.sub(r"[^A-Za-z0-9_-]", "-", sweep)
     try:
+        for file in files:
+            client.log_model_artifact(model.model_id, str(file))
         if not client.search_registered_models(f"name = '{experiment}'"):
             client.create_registered_model(
                 experiment, description="Models that prunefield pruned; one alias a sweep."

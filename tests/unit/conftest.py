@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from nerf.scenes import write_demo_scene
 from orchestrator.plan import make_plan
@@ -18,6 +19,14 @@ from tests.unit.sweep_builder import mapping, text
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo scene, rendered once."""
     return write_demo_scene(tmp_path_factory.mktemp("scene") / "demo")
+
+
+@pytest.fixture(scope="session")
+def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A migrated, empty tracking store: making one takes two seconds, copying it nothing."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
 
 
 @pytest.fixture

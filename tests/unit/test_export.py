@@ -1,12 +1,15 @@
 """Models for other programs: what they compute there, and what cannot be written."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from nerf.checkpoints import load_model, save_model
 from nerf.errors import CheckpointError
@@ -14,6 +17,8 @@ from nerf.field import FieldShape, NerfModel, SampleCounts
 from orchestrator.cli import main
 from orchestrator.export import FORMATS, export
 from orchestrator.modelfile import packed
+from orchestrator.sweep import results_of
+from orchestrator.tracking import SweepInfo, TrackingLogger
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
@@ -96,6 +101,46 @@ def test_a_shape_that_nerf_pytorch_cannot_hold_is_refused(
     assert not out.exists()
     with pytest.raises(CheckpointError, match="cannot write"):
         export(tmp_path, a_model(), {}, "onnx")
+
+
+def test_one_command_exports_the_model_of_a_sweep_and_registers_it(
+    write_results: Callable[[], Path],
+    fresh_database: bytes,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_results()
+    out = tmp_path / "small.onnx"
+    command = ["export", str(path), "--max-size", "3MB", "-o", str(out), "--json"]
+    assert main(["pick", str(path), "--max-size", "3MB", "--json"]) == 0
+    picked = json.loads(capsys.readouterr().out)
+    save_model(Path(picked["model"]), a_model(), {})
+    assert main([*command, "--no-register"]) == 0
+    assert "registered" not in json.loads(capsys.readouterr().out)
+
+    results, store = results_of(path)
+    (store.root / "mlflow.db").write_bytes(fresh_database)
+    sweep = results.plan.sweep
+    info = SweepInfo(sweep.name, sweep.hash, "", None, "none", 0, "2026-01-02T03:04:05")
+    where = sweep.tracking.experiment
+    with TrackingLogger(None, where, info, store, system_metrics=False) as tracking:
+        (trial,) = [r for r in results.trials if r.key == picked["id"]]
+        tracking.record(trial)
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["id"], said["format"]) == (picked["id"], "onnx")
+    assert said["size_bytes"] == out.stat().st_size
+    assert said["registered"] == f"models:/{where}@{sweep.name}"
+    client = MlflowClient(tracking.uri)
+    version = client.get_model_version_by_alias(where, sweep.name)
+    folder = mlflow.artifacts.download_artifacts(version.source, dst_path=str(tmp_path / "got"))
+    assert {f.name for f in Path(folder).iterdir()} == {"model.safetensors", "small.onnx"}
+    assert (Path(folder) / "small.onnx").read_bytes() == out.read_bytes()
+
+    assert main(["export", picked["model"], "--knee", "-o", str(out)]) == 1
+    assert "is a model" in capsys.readouterr().err
+    assert main(["export", picked["model"], "-o", str(tmp_path / "small.zip")]) == 1
+    assert "--format" in capsys.readouterr().err
 
 
 def test_onnx_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

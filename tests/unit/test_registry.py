@@ -6,7 +6,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.errors import SweepError, TrackingError
+from orchestrator.errors import OrchestratorError, TrackingError
 from orchestrator.pick import write_model
 from orchestrator.store import Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
@@ -14,8 +14,12 @@ from orchestrator.tracking.registry import register
 from tests.unit.record_builder import SYNTHETIC, save, training_record, trial_record
 
 
-def test_the_alias_of_a_sweep_points_at_the_model_that_was_shipped_last(tmp_path: Path) -> None:
+def test_the_alias_of_a_sweep_points_at_the_model_that_was_shipped_last(
+    tmp_path: Path, fresh_database: bytes
+) -> None:
     store = Store(tmp_path / "out")
+    store.prepare()
+    (store.root / "mlflow.db").write_bytes(fresh_database)
     dense = save(store, training_record())
     trials = [save(store, trial_record(dense, ratio)) for ratio in (0.3, 0.5)]
     info = SweepInfo("fern.v2", "ab12" * 4, "name: x", None, "none", 0, "2026-01-02T03:04:05")
@@ -44,5 +48,5 @@ def test_a_pick_is_written_whole_or_refused(tmp_path: Path) -> None:
     model.write_text(SYNTHETIC)
     write_model(model, tmp_path / "mine.safetensors")
     assert (tmp_path / "mine.safetensors").read_text() == SYNTHETIC
-    with pytest.raises(SweepError, match=r"\.safetensors or \.tar"):
+    with pytest.raises(OrchestratorError, match=r"\.safetensors, \.tar, \.onnx"):
         write_model(model, tmp_path / "mine.zip")

@@ -36,14 +36,6 @@ INFO = SweepInfo(
 )
 
 
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A migrated, empty tracking store: making one takes two seconds, copying it nothing."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
-
-
 @pytest.fixture
 def store(tmp_path: Path, fresh_database: bytes) -> Store:
     store = Store(tmp_path / "store")
