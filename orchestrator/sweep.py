@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nerf.devices import describe_device, resolve_device
+from orchestrator.baselines import unpruned
 from orchestrator.errors import SweepError
 from orchestrator.pareto import Reference, default_reference
 from orchestrator.plan import Plan, make_plan
@@ -228,7 +229,10 @@ def report_data(results: Results, store: Store) -> ReportData:
         trials=tuple(
             r for r in (*results.trials, *results.searched, *results.failed) if r.kind == "trial"
         ),
-        controls=tuple(r for r in (*results.trials, *results.failed) if r.kind == "control"),
+        controls=(
+            *(r for r in (*results.trials, *results.failed) if r.kind == "control"),
+            *unpruned(results.plan, store),
+        ),
         store=store,
         reference=largest and Reference(largest.size_bytes, sweep.report.reference_psnr),
         ratios=sweep.report.ratios,

@@ -52,7 +52,8 @@ class ReportData:
         commit: git commit of the code that writes the report.
         seed: the sweep's seed.
         scene: name of the scene's folder.
-        controls: records of what was trained beside the recoveries, failed ones included.
+        controls: records of what was trained beside the recoveries, failed ones included, and of
+            unpruned models that other sweeps measured.
     """
 
     name: str

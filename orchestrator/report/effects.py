@@ -12,7 +12,7 @@ Source: Kelley 1935, "An unbiased correlation ratio measure", for ε².
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,39 @@ def amount_of(record: Record) -> str:
     size, ratio = record.config.get("size"), record.config.get("ratio")
     if isinstance(size, int):
         return show_bytes(size)
-    return f"{100 * ratio:g} %" if isinstance(ratio, int | float) else NONE
+    return f"{100 * ratio:.4g} %" if isinstance(ratio, int | float) else NONE
 
 
 AMOUNT = Facet("amount", "ratio or size", amount_of)
+LAYER_RATIO = "_ratio"
+"""How the keys of a search's ratios end, one a layer: ``fine_layer_3_ratio``."""
+
+
+def layer_ratios(trials: Sequence[Record]) -> tuple[str, ...]:
+    """The ratios by layer that vary among the trials of searches, in the order of the layers."""
+    found: dict[str, set[float]] = {}
+    for trial in searched(trials):
+        for name, value in trial.config.items():
+            if name.endswith(LAYER_RATIO) and isinstance(value, int | float):
+                found.setdefault(name, set()).add(float(value))
+    return tuple(name for name, values in found.items() if len(values) > 1)
+
+
+def searched(trials: Iterable[Record]) -> tuple[Record, ...]:
+    """The trials whose ratios a search chose."""
+    return tuple(t for t in trials if t.config.get("schedule") == "searched")
+
+
+def layer_name(key: str) -> str:
+    """``fine_layer_3_ratio`` as people read it: ``fine layer 3``."""
+    return key.removesuffix(LAYER_RATIO).replace("_", " ")
+
+
+def quantiles(values: Sequence[float], groups: int = MAX_GROUPS) -> list[str]:
+    """Names the quantile of each value; equal values share one."""
+    ordered = sorted(values)
+    first = {v: i for i, v in reversed(list(enumerate(ordered)))}
+    return [str(first[v] * groups // len(ordered)) for v in values]
 
 
 def varying(trials: Sequence[Record], facets: Sequence[Facet] = FACETS) -> tuple[Facet, ...]:
@@ -108,11 +137,19 @@ def importance(
     numbers = [v for _, v in measured]
     shares = []
     for facet in (*varying(records), *varying(records, [AMOUNT])):
-        share = explained([facet.value(t) for t in records], numbers)
-        shares.append((facet.label, share))
+        groups = [facet.value(t) for t in records]
+        if len(set(groups)) <= len(groups) / 2:  # a name a trial explains everything and nothing
+            shares.append((facet.label, explained(groups, numbers)))
     seeds = [str(t.config.get("seed")) for t in records]
     if len(set(seeds)) > 1:
         shares.append(("seed", explained(seeds, numbers)))
+    tried = set(map(id, searched(records)))
+    for name in layer_ratios(records):
+        chosen = [
+            (float(t.config[name]), v) for t, v in measured if id(t) in tried and name in t.config
+        ]
+        groups = quantiles([ratio for ratio, _ in chosen])
+        shares.append((layer_name(name), explained(groups, [v for _, v in chosen])))
     return sorted(shares, key=lambda item: -item[1])
 
 
@@ -135,16 +172,25 @@ def explained(groups: Sequence[str], values: Sequence[float]) -> float:
     return max(0.0, 1.0 - (within / (n - k)) / (total / (n - 1)))
 
 
-def below_front(data: ReportData) -> Callable[[Record], float | None]:
-    """How many dB a trial lies below the front at its size: what a better choice would bring."""
-    front = data.front()
+def below_front(data: ReportData, quality: str = "psnr") -> Callable[[Record], float | None]:
+    """How many dB a trial lies below the front at its size: what a better choice would bring.
+
+    Args:
+        data: the sweep.
+        quality: the metric, in dB, that makes the front.
+    """
+    measured = [
+        (size, psnr)
+        for trial in data.done
+        if (size := number(trial, "size_bytes")) is not None
+        and (psnr := number(trial, quality)) is not None
+    ]
 
     def gap(record: Record) -> float | None:
-        size, psnr = number(record, "size_bytes"), number(record, "psnr")
+        size, psnr = number(record, "size_bytes"), number(record, quality)
         if size is None or psnr is None:
             return None
-        within = [point.psnr for point in front if point.size_bytes <= size]
-        return max(within, default=psnr) - psnr
+        return max(other for bytes_, other in measured if bytes_ <= size) - psnr
 
     return gap
 

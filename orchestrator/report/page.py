@@ -22,7 +22,7 @@ from orchestrator.report.data import (
     smallest_within,
 )
 from orchestrator.report.effects import amount_of
-from orchestrator.report.payload import ASSETS, payload
+from orchestrator.report.payload import ASSETS, payload, quality_of
 from orchestrator.report.pictures import Album, Cell, Grid
 from orchestrator.report.plots import describe_front, describe_ratios
 from orchestrator.report.published import TABLE_1
@@ -184,6 +184,8 @@ first.</p>
 def _effects(data: ReportData) -> str:
     if not data.done:
         return '<p class="none">No trial has a result.</p>'
+    searched = quality_of(data) == "validation_psnr"
+    what = "PSNR on validation rays" if searched else "PSNR"
     progress = (
         '<div class="card"><h3>Hypervolume over trials</h3>'
         '<div class="chart" id="history"></div></div>'
@@ -192,8 +194,8 @@ def _effects(data: ReportData) -> str:
     )
     return f"""
 <div class="charts">
-<div class="card"><h3>What PSNR depends on</h3><p class="soft">Share of the variance over the trials
-that a parameter explains alone (ε²).</p><div class="bars" id="importance-psnr"></div></div>
+<div class="card"><h3>What {what} depends on</h3><p class="soft">Share of the variance over the
+trials that a parameter explains alone (ε²).</p><div class="bars" id="importance-psnr"></div></div>
 <div class="card"><h3>What the loss at equal size depends on</h3><p class="soft">The same for
 how far a trial lies below the front at its size.</p><div class="bars" id="importance-gap"></div>
 </div>
@@ -389,16 +391,17 @@ def _failed(data: ReportData) -> str:
 
 
 def _provenance(data: ReportData) -> str:
-    records = (*data.dense, *data.trials)
+    records = (*data.dense, *data.trials, *data.controls)
+    made = [r for r in records if r.failure is None] or list(records)
     facts: list[tuple[str, str]] = [
         ("sweep", f"{data.name}, hash {data.hash}"),
         ("seed of the sweep", ABSENT if data.seed is None else str(data.seed)),
         ("commit that wrote this page", data.commit or ABSENT),
-        ("commits that made the results", _counted(r.provenance.commit or ABSENT for r in records)),
-        ("hardware", _counted(r.provenance.hardware for r in records)),
-        ("hosts", _counted(r.provenance.host for r in records)),
-        ("results made", _span([r.provenance.started for r in records])),
-        ("versions", _counted(_versions(r) for r in records)),
+        ("commits that made the results", _counted(r.provenance.commit or ABSENT for r in made)),
+        ("hardware", _counted(r.provenance.hardware for r in made)),
+        ("hosts", _counted(r.provenance.host for r in made)),
+        ("results made", _span([r.provenance.started for r in made])),
+        ("versions", _counted(_versions(r) for r in made)),
     ]
     facts += [
         (

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,20 @@ from orchestrator.report.effects import FACETS, Facet
 from orchestrator.report.pictures import Album
 from orchestrator.results import Record, method_of
 
-SHOWN_METRICS = ("size_bytes", "psnr", "mse", "ssim", "render_seconds", "flops_per_ray", "params")
+SHOWN_METRICS = (
+    "size_bytes",
+    "psnr",
+    "mse",
+    "ssim",
+    "render_seconds",
+    "flops_per_ray",
+    "params",
+    "validation_psnr",
+)
 ASSETS = Path(__file__).parent / "assets"
 MAX_PARALLEL = 6
+MAX_COLOURS = 12
+MAX_SHARES = 12
 DIGITS = 6
 
 
@@ -24,17 +35,21 @@ def payload(data: ReportData, album: Album) -> str:
     """The block of JSON, safe to stand inside a script element."""
     facets = effects.varying(data.done)
     models = _models(data)
+    quality = quality_of(data)
     content = {
         "sweep": {"name": data.name, "hash": data.hash},
         "filters": [_facet(data, facet) for facet in facets],
-        "parallel": [_facet(data, f) for f in _parallel(data, facets)],
+        "parallel": [_facet(data, f) for f in _parallel(data, facets, quality)],
+        "layers": _layers(data, quality),
+        "quality": quality,
+        "colour": _colour(data, facets),
         "models": models,
         "first": _first(data, models),
         "history": [_rounded(v) for v in _in_kilobytes(effects.history(data))],
         "history_unit": "kB·dB",
         "importance": {
-            "psnr": _shares(effects.importance(data.done, lambda r: number(r, "psnr"))),
-            "gap": _shares(effects.importance(data.done, effects.below_front(data))),
+            "psnr": _shares(effects.importance(data.done, lambda r: number(r, quality))),
+            "gap": _shares(effects.importance(data.done, effects.below_front(data, quality))),
         },
         "published": _published(data, album),
         "views": album.views,
@@ -45,16 +60,40 @@ def payload(data: ReportData, album: Album) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+def quality_of(data: ReportData) -> str:
+    """What most trials have: a search measures most of its trials on validation rays alone."""
+    searched = [t for t in data.done if number(t, "psnr") is None]
+    return "validation_psnr" if len(searched) > len(data.done) / 2 else "psnr"
+
+
+def _colour(data: ReportData, facets: Sequence[Facet]) -> str:
+    """What marks are coloured by: the method, or what matters most if there are too many."""
+    if len({_method(trial) for trial in data.done}) <= MAX_COLOURS:
+        return "method"
+    shares = dict(effects.importance(data.done, effects.below_front(data)))
+    few = [f for f in facets if len({f.value(t) for t in data.done}) <= MAX_COLOURS]
+    return max(few, key=lambda f: shares.get(f.label, 0.0)).key if few else "method"
+
+
+def _layers(data: ReportData, quality: str) -> list[dict[str, str]]:
+    """The searched ratios that explain most of the quality, in the order of the layers."""
+    shares = dict(effects.importance(data.done, lambda r: number(r, quality)))
+    names = effects.layer_ratios(data.done)
+    best = sorted(names, key=lambda n: -shares.get(effects.layer_name(n), 0.0))[:MAX_PARALLEL]
+    return [{"key": name, "label": effects.layer_name(name)} for name in names if name in best]
+
+
 def _models(data: ReportData) -> list[dict[str, Any]]:
     groups = Counter(effects.seedless_group(trial) for trial in data.done)
     dense = [r for r in data.dense if r.failure is None]
+    beside = {record.key for record in data.baselines}
     found = []
     for record in (*dense, *data.baselines, *data.done):
         group = effects.seedless_group(record)
         found.append(
             {
                 "id": record.key,
-                "kind": record.kind,
+                "kind": "control" if record.key in beside else record.kind,
                 "training": record.training,
                 "name": _name(record),
                 "role": _role(record),
@@ -135,9 +174,9 @@ def _facet(data: ReportData, facet: Facet) -> dict[str, Any]:
     return {"key": facet.key, "label": facet.label, "values": sorted(values, key=_natural)}
 
 
-def _parallel(data: ReportData, facets: tuple[Facet, ...]) -> tuple[Facet, ...]:
+def _parallel(data: ReportData, facets: tuple[Facet, ...], quality: str) -> tuple[Facet, ...]:
     """The parameters that explain most, in their usual order."""
-    shares = dict(effects.importance(data.done, lambda r: number(r, "psnr")))
+    shares = dict(effects.importance(data.done, lambda r: number(r, quality)))
     best = sorted(facets, key=lambda f: -shares.get(f.label, 0.0))[:MAX_PARALLEL]
     return tuple(facet for facet in facets if facet in best)
 
@@ -159,7 +198,7 @@ def _natural(text: str) -> tuple[Any, ...]:
 
 
 def _shares(shares: list[tuple[str, float]]) -> list[dict[str, Any]]:
-    return [{"name": name, "share": round(share, 4)} for name, share in shares]
+    return [{"name": name, "share": round(share, 4)} for name, share in shares[:MAX_SHARES]]
 
 
 def _in_kilobytes(values: list[float]) -> list[float]:

@@ -19,8 +19,12 @@
     { name: "render time", x: "size", y: "render_seconds", up: false, log: true,
       title: "seconds a view", show: seconds },
   ];
+  if (trials.some((m) => m.m.validation_psnr !== undefined)) {
+    PLANES.push({ name: "validation", x: "size", y: "validation_psnr", up: true,
+      title: "PSNR on validation rays (dB)", show: (v) => v.toFixed(2) + " dB on validation rays" });
+  }
   const state = {
-    plane: 0, colour: "method", off: {}, average: data.models.some((m) => m.seeds > 1),
+    plane: 0, colour: data.colour, off: {}, average: data.models.some((m) => m.seeds > 1),
     published: true, onlyFront: false, logX: true, chosen: null, at: 50, left: "truth",
     right: "model", view: data.views[0], loss: true,
   };
@@ -66,7 +70,8 @@
     const count = new Map();
     for (const model of trials) count.set(model.f[state.colour], (count.get(model.f[state.colour]) || 0) + 1);
     [...count.keys()].sort((a, b) => String(a).localeCompare(String(b), "en", { numeric: true }))
-      .forEach((value, i) => colours.set(value, i < PALETTE.length ? PALETTE[i] : "var(--ghost)"));
+      .forEach((value, i) => colours.set(value, i < PALETTE.length ? PALETTE[i]
+        : `hsl(${(i * 137.5) % 360} 45% 55%)`));
   }
 
   // One point a model; averaged over calibration seeds, one a group, with its spread.
@@ -233,6 +238,13 @@
         "stroke-width": 2, "stroke-opacity": 0.55 }));
     }
     const g = h("g", { class: "dots" });
+    for (const role of new Set(others.map((p) => p.model.role))) {
+      const same = others.filter((p) => p.model.role === role && p.model.kind === "control").sort((a, b) => a.x - b.x);
+      if (same.length > 1) {
+        g.append(h("polyline", { points: same.map((p) => `${x(p.x)},${y(p.y)}`).join(" "), fill: "none",
+          stroke: "var(--soft)", "stroke-dasharray": "5 4" }));
+      }
+    }
     for (const p of ghosts) {
       g.append(h("path", { d: shape("triangle", x(p.x), y(p.y), 5.5), fill: "none", stroke: "var(--ghost)",
         "stroke-width": 1.5, "stroke-dasharray": "3 2" }));
@@ -257,7 +269,7 @@
         "stroke-width": 1.2, "data-id": p.model.id }));
     }
     box.svg.append(g);
-    nameBaselines(box, others, ghosts, x, y);
+    nameBaselines(box, others, ghosts, best, x, y);
     shown = [...dots, ...others, ...ghosts].map((p) => ({ ...p, px: x(p.x), py: y(p.y) }));
     const chosen = shown.find((p) => p.members.some((m) => m.id === state.chosen));
     if (chosen) {
@@ -274,8 +286,8 @@
       if (near && near.model) choose(near.model.id, true);
     });
   }
-  function nameBaselines(box, others, ghosts, x, y) {
-    const taken = [];
+  function nameBaselines(box, others, ghosts, front, x, y) {
+    const taken = [...others, ...front].map((p) => [x(p.x) - 6, y(p.y) - 7, 12]);
     const wanted = [...others.map((p) => [p, p.model.role]), ...ghosts.map((p) => [p, p.published.name])];
     const named = new Set();
     for (const [p, text] of wanted) {
@@ -356,8 +368,8 @@
     segments("planes", PLANES.map((p) => p.name), 0, (i) => { state.plane = i; drawFront(); });
     const row = $("switches");
     const colour = h("select", { "aria-label": "colour by", onchange: (e) => { state.colour = e.target.value; redraw(); } },
-      h("option", { value: "method" }, "colour: method"),
-      ...data.filters.map((f) => h("option", { value: f.key }, "colour: " + f.label)));
+      ...[{ key: "method", label: "method" }, ...data.filters].map((f) => h("option", {
+        value: f.key, selected: f.key === state.colour ? "" : null }, "colour: " + f.label)));
     row.append(colour);
     if (data.models.some((m) => m.seeds > 1)) {
       row.append(check("mean of calibration seeds", state.average, (v) => { state.average = v; }));
@@ -435,6 +447,8 @@
         d.psnr !== undefined && model !== dense ? signed(m.psnr - d.psnr, 2) + " dB" : ""),
       number(m.size_bytes, bytes(m.size_bytes || 0), "file",
         d.size_bytes && model !== dense ? "÷ " + (d.size_bytes / m.size_bytes).toFixed(1) : ""),
+      number(m.validation_psnr, m.validation_psnr === undefined ? "" : m.validation_psnr.toFixed(2) + " dB",
+        "on validation rays"),
       number(m.ssim, m.ssim === undefined ? "" : m.ssim.toFixed(3), "SSIM"),
       number(m.mse, m.mse === undefined ? "" : m.mse.toPrecision(3), "MSE"),
       number(m.render_seconds, seconds(m.render_seconds || 0), "a view"),
@@ -459,7 +473,8 @@
     const options = Object.keys(SIDES).filter((what) => picture(model, what) && !(model.role === "dense" && what === "dense"));
     if (!options.length) return [h("p", { class: "none" }, "No picture of this model was kept.")];
     const pickSide = (side, fallback) => options.includes(state[side]) ? state[side] : fallback;
-    const left = pickSide("left", options[0]), right = pickSide("right", options[options.length - 1]);
+    const left = pickSide("left", options[0]);
+    const right = pickSide("right", options.find((what) => what === "model" && what !== left) || options[options.length - 1]);
     const stack = h("div", { class: "swipe" });
     stack.style.setProperty("--at", state.at + "%");
     const range = h("input", {
@@ -635,10 +650,16 @@
   function drawParallel() {
     const box0 = $("parallel");
     if (!box0) return;
-    const models = trials.filter((m) => m.m.psnr !== undefined && m.m.size_bytes);
-    const columns = [...data.parallel.map((f) => ({ ...f, of: (m) => m.f[f.key] })),
+    const searched = data.quality !== "psnr", quality = (m) => m.m[data.quality];
+    const ratios = searched ? data.layers : [];
+    const models = trials.filter((m) => quality(m) !== undefined && m.m.size_bytes
+      && ratios.every((r) => m.config[r.key] !== undefined));
+    if (!models.length) return;
+    const columns = [...data.parallel.map((f) => ({ ...f, of: (m) => m.f[f.key] }))
+      .filter((f) => !searched || new Set(models.map(f.of)).size > 1),
+    ...ratios.map((r) => ({ ...r, of: (m) => m.config[r.key], number: true, show: (v) => Math.round(100 * v) + " %" })),
       { label: "file", of: (m) => m.m.size_bytes, number: true, log: true, show: bytes },
-      { label: "PSNR", of: (m) => m.m.psnr, number: true, show: (v) => v.toFixed(1) }];
+      { label: searched ? "validation" : "PSNR", of: quality, number: true, show: (v) => v.toFixed(1) }];
     const host0 = box0.querySelector(".wide") || box0;
     const width = Math.max(host0.clientWidth, 704), height = 360, top = 40, bottom = height - 22;
     const svg = h("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
@@ -657,12 +678,12 @@
         c.y = (m) => order.get(c.of(m)); c.order = order;
       }
     });
-    const psnrs = models.map((m) => m.m.psnr), low = Math.min(...psnrs), high = Math.max(...psnrs);
+    const psnrs = models.map(quality), low = Math.min(...psnrs), high = Math.max(...psnrs);
     const shade = (m) => {
-      const t = high > low ? (m.m.psnr - low) / (high - low) : 1;
+      const t = high > low ? (quality(m) - low) / (high - low) : 1;
       return `hsl(${250 - 200 * t} ${55 + 25 * t}% ${48 + 4 * t}%)`;
     };
-    const lines = models.map((m) => ({ m, on: passes(m) })).sort((a, b) => a.on - b.on || a.m.m.psnr - b.m.m.psnr);
+    const lines = models.map((m) => ({ m, on: passes(m) })).sort((a, b) => a.on - b.on || quality(a.m) - quality(b.m));
     for (const { m, on } of lines) {
       const points = columns.map((c) => [c.x, c.y(m)]);
       const d = points.map(([px, py], i) => {
@@ -674,7 +695,7 @@
       const path = h("path", { d, fill: "none", stroke: now ? "var(--ink)" : on ? shade(m) : "var(--grid)",
         "stroke-width": now ? 3 : 1.3, "stroke-opacity": now ? 1 : on ? 0.7 : 0.6, onclick: () => choose(m.id, false) });
       path.style.cursor = "pointer";
-      path.append(h("title", {}, `${label(m)}: ${bytes(m.m.size_bytes)}, ${m.m.psnr.toFixed(2)} dB`));
+      path.append(h("title", {}, `${label(m)}: ${bytes(m.m.size_bytes)}, ${quality(m).toFixed(2)} dB`));
       svg.append(path);
     }
     columns.forEach((c, i) => {
