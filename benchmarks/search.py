@@ -4,7 +4,7 @@ Usage::
 
     python -m benchmarks.search place  SWEEP CHECKPOINT    # begin from a model trained elsewhere
     python -m benchmarks.search report SWEEP [-o DIR]      # search.md's tables and plots
-    python -m benchmarks.search audit  SWEEP               # the stopped trials, measured in full
+    python -m benchmarks.search same   SWEEP SWEEP         # whether two studies went the same way
 
 ``place`` puts a model file into the sweep's storage as the model that its training would make; its
 record says that it was placed. Unless it was trained with the sweep's own `train.validation`, its
@@ -12,10 +12,12 @@ validation rays were training rays, and the search chooses on rays that the mode
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,9 @@ from orchestrator.pareto import Point, Reference, front, hypervolume
 from orchestrator.plan import Plan, SearchPlan, make_plan
 from orchestrator.provenance import Origin
 from orchestrator.results import Record
-from orchestrator.search import goals
+from orchestrator.search.search import open_study
 from orchestrator.search.summary import read_summary
-from orchestrator.stages import MODEL, Workbench
+from orchestrator.stages import MODEL
 from orchestrator.store import Store
 from orchestrator.sweep import Results, collect, open_sweep
 
@@ -279,29 +281,44 @@ def _times(found: Found) -> str:
         values = [sum(r.provenance.seconds.get(s, 0.0) for s in stages) for r in records]
         return statistics.fmean(values) if values else 0.0
 
-    validate = mean(found.full, "validate")
-    spent = sum(
-        sum(r.provenance.seconds.get(s, 0.0) for s in ("prune", "first look", "validate"))
-        for r in found.tried
-    )
-    saved = validate * len(found.stopped)
-    looks = sum(r.provenance.seconds.get("first look", 0.0) for r in found.tried)
     proposing = float(found.summary.get("proposing_seconds", 0.0))
     rows = [
-        ["pruning", f"{mean(found.tried, 'prune'):.3f}"],
-        ["first look", f"{mean(found.tried, 'first look'):.3f}"],
-        ["the rest of the validation rays", f"{validate:.3f}"],
-        ["a final model on its held-out views", f"{mean(found.final, 'evaluate'):.3f}"],
-        ["the sampler, a trial", f"{proposing / max(len(found.tried), 1):.3f}"],
+        ["all prunings of the sweep, first to last", f"{_whole(found):.0f}"],
+        ["the search", f"{found.summary.get('seconds', float('nan')):.0f}"],
+        ["the sampler, all proposals", f"{proposing:.0f}"],
+        ["pruning, mean", f"{mean(found.tried, 'prune'):.3f}"],
+        ["first look, mean", f"{mean(found.tried, 'first look'):.3f}"],
+        ["the rest of the validation rays, mean", f"{mean(found.full, 'validate'):.3f}"],
+        ["a final model on its held-out views, mean", f"{mean(found.final, 'evaluate'):.3f}"],
+        ["the sampler, mean", f"{proposing / max(len(found.tried), 1):.3f}"],
     ]  # fmt: skip
-    share = saved / (spent + saved) if spent + saved else 0.0
-    return (
-        "## Time\n\n"
-        + table(["seconds, mean", ""], rows)
-        + f"\n\nThe first look stopped {len(found.stopped)} of {len(found.tried)} trials and saved "
-        f"{saved:.1f} s of {spent + saved:.1f} s of worker time ({share:.1%}); the looks took "
-        f"{looks:.1f} s."
-    )
+    saved, audit = found.summary.get("saved", {}), found.summary.get("audit", {})
+    whole = saved.get("spent", 0.0) + saved.get("saved", 0.0)
+    text = "## Time\n\n" + table(["seconds", ""], rows)
+    if whole:
+        text += (
+            f"\n\nThe first look stopped {len(found.stopped)} of {len(found.tried)} trials and "
+            f"saved {saved['saved']:.1f} s of {whole:.1f} s of worker time "
+            f"({saved['saved'] / whole:.1%}); the looks took {saved['looks']:.1f} s."
+        )
+    if checked := audit.get("trials", 0):
+        text += (
+            f"\n\nOf the stopped trials {checked} were measured in full afterwards: "
+            f"{len(audit['joined'])} belong on the front of {len(found.summary['front'])}, "
+            f"{len(audit['left'])} of whose points leave it for them."
+        )
+    return text
+
+
+def _whole(found: Found) -> float:
+    """Seconds from the first pruning of the sweep to the last of the final front."""
+    records = [*found.uniform, *found.chain, *found.tried, *found.final]
+    begun = [datetime.fromisoformat(r.provenance.started) for r in records]
+    ended = [
+        at + timedelta(seconds=sum(r.provenance.seconds.values()))
+        for at, r in zip(begun, records, strict=True)
+    ]
+    return (max(ended) - min(begun)).total_seconds()
 
 
 # --- plots -----------------------------------------------------------------------------------
@@ -372,32 +389,30 @@ def _plot_progress(found: Found, path: Path) -> None:
     plt.close(figure)
 
 
-# --- audit -----------------------------------------------------------------------------------
+# --- same ------------------------------------------------------------------------------------
 
 
-def audit(sweep_file: Path) -> None:
-    """Measure what the first look stopped in full, and say whether the front changes."""
-    sweep, store = open_sweep(sweep_file)
-    found = Found(collect(make_plan(sweep, store), store), store)
-    objectives = found.plan.settings.objectives
-    bench = Workbench(sweep, store, Origin.here())
-    rays = bench.validation(found.dense.training)
-    assert rays is not None
-    costs = {
-        r.key: goals.costs(goals.values(r.metrics, objectives), objectives) for r in found.full
-    }
-    before = set(goals.front(costs))
-    for record in found.stopped:
-        model = load_model(store.file("trial", record.key, MODEL))[0].to(bench.device)
-        score = rays.score(model, sweep.protocol.precision)
-        metrics = {**record.metrics, "validation_psnr": score.psnr, "validation_mse": score.mse}
-        costs[record.key] = goals.costs(goals.values(metrics, objectives), objectives)
-    after = set(goals.front(costs))
+def same(one: Path, other: Path) -> None:
+    """Say how far two studies agree, trial by trial in the order of their proposal."""
+    found = [_study(path) for path in (one, other)]
+    pairs = list(zip(*found, strict=False))
+    proposed = sum(1 for _ in itertools.takewhile(lambda p: p[0][0] == p[1][0], pairs))
+    measured = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
+    lengths = " and ".join(str(len(of)) for of in found)
     print(
-        f"{len(found.stopped)} stopped trials measured in full on {len(rays)} validation rays: "
-        f"{len(after - before)} of them would be on the front of {len(before)}, "
-        f"{len(before - after)} of whose points they would push off it"
+        f"{lengths} trials: the first {proposed} of {len(pairs)} are the same prunings in the same "
+        f"order, the first {measured} were measured alike to the last bit"
     )
+
+
+def _study(sweep_file: Path) -> list[tuple[str, tuple[float, ...] | None]]:
+    sweep, store = open_sweep(sweep_file)
+    (plan,) = make_plan(sweep, store).searches
+    study = open_study(sweep, plan, store)
+    try:
+        return [(entry.key, entry.values) for entry in study.entries()]
+    finally:
+        study.close()
 
 
 def main() -> None:
@@ -410,15 +425,16 @@ def main() -> None:
     reporting = commands.add_parser("report")
     reporting.add_argument("sweep", type=Path)
     reporting.add_argument("-o", "--output", type=Path)
-    auditing = commands.add_parser("audit")
-    auditing.add_argument("sweep", type=Path)
+    comparing = commands.add_parser("same")
+    comparing.add_argument("sweep", type=Path)
+    comparing.add_argument("other", type=Path)
     options = parser.parse_args()
     if options.command == "place":
         place(options.sweep, options.checkpoint)
     elif options.command == "report":
         report(options.sweep, options.output)
     else:
-        audit(options.sweep)
+        same(options.sweep, options.other)
 
 
 if __name__ == "__main__":

@@ -321,6 +321,7 @@ class Look:
         bar: objectives of earlier trials at their first look, to be beaten.
         first_rays: of the first look; 0 for none.
         margin: dB by which a trial must be worse to be stopped.
+        audit: whether this is a trial that the first look stopped, now measured in full.
     """
 
     first_key: str
@@ -329,6 +330,7 @@ class Look:
     bar: tuple[tuple[float, ...], ...] = ()
     first_rays: int = 0
     margin: float = 0.0
+    audit: bool = False
 
 
 @dataclass(frozen=True)

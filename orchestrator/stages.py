@@ -6,6 +6,7 @@ then, so that whoever drives it can report and stop it. Nothing here knows about
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -384,7 +385,9 @@ class Workbench:
         if self.store.has(trial.kind, trial.key):
             return
         if trial.look is not None:
-            self._search(trial, trial.look, watch)
+            audited = trial.look.audit and self.store.has("trial", trial.look.first_key)
+            search = self._audit if audited else self._search
+            search(trial, trial.look, watch)
             return
         config = trial.config
         with watch.during("load"):
@@ -526,7 +529,7 @@ class Workbench:
                     "first_psnr": score.psnr,
                     "render_seconds": score.seconds * rays.pixels_per_view / score.rays,
                 }
-                stopped = hopeless(metrics, look) is not None
+                stopped = not look.audit and hopeless(metrics, look) is not None
             if not stopped:
                 with watch.during("validate"):
                     rest = rays.score(small.model, precision, start=score.rays if score else 0)
@@ -553,6 +556,28 @@ class Workbench:
                     provenance=self.origin.provenance(self.device, watch.seconds),
                 )
                 self.store.write_record(folder, record)
+
+    def _audit(self, trial: Trial, look: Look, watch: Stopwatch) -> None:
+        """Measure in full what the first look stopped: the model that it left, not another."""
+        with watch.during("load"):
+            rays = self.validation(trial.training)
+            assert rays is not None, "a trial that was stopped had rays to look at"
+            stopped = self.store.read_record("trial", look.first_key)
+            path = self.store.verified_file("trial", look.first_key, MODEL)
+            model = load_model(path)[0].to(self.device)
+        with watch.during("validate"):
+            score = rays.score(model, self.sweep.protocol.precision)
+        metrics = {
+            **stopped.metrics,
+            "validation_mse": score.mse,
+            "validation_psnr": score.psnr,
+            "render_seconds": score.seconds * rays.pixels_per_view / score.rays,
+        }
+        with watch.during("write"), self.store.writing("trial", trial.key) as folder:
+            shutil.copy(path, folder / MODEL)
+            provenance = self.origin.provenance(self.device, watch.seconds)
+            audited = replace(stopped, key=trial.key, metrics=metrics, provenance=provenance)
+            self.store.write_record(folder, audited)
 
     def _training_ssim(self, model: NerfModel) -> float:
         """SSIM of the first training view, whole: validation rays alone make no picture."""

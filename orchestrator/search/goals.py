@@ -183,3 +183,47 @@ def spread(keys: Sequence[str], found: Mapping[str, Costs], most: int) -> list[s
         return [ordered[len(ordered) // 2]]
     picks = {round(i * (len(ordered) - 1) / (most - 1)) for i in range(most)}
     return [ordered[i] for i in sorted(picks)]
+
+
+def nearest(found: Mapping[str, Costs], best: Iterable[Costs]) -> list[str]:
+    """Keys of dominated trials, those nearest to a front first.
+
+    How deep c lies behind the front: max over its b of min over the objectives of
+    (c − b)/range, where the range is that of all these costs.
+
+    Args:
+        found: costs of the trials.
+        best: those of the front.
+    """
+    front = list(best)
+    columns = list(zip(*found.values(), *front, strict=True))
+    ranges = [max(column) - min(column) or 1.0 for column in columns]
+
+    def depth(c: Costs) -> float:
+        return max(
+            (min((x - y) / r for x, y, r in zip(c, b, ranges, strict=True)) for b in front),
+            default=0.0,
+        )
+
+    return sorted(found, key=lambda key: (depth(found[key]), key))
+
+
+def saved(trials: Iterable[tuple[Mapping[str, float], bool]]) -> dict[str, float]:
+    """What the first look saved of the workers' time.
+
+    Args:
+        trials: seconds by stage of each, and whether the first look stopped it.
+
+    Returns:
+        The seconds that all trials ``spent``, those of their ``looks`` among them, and those
+        ``saved``: for each that was stopped the mean rest of the others.
+    """
+    rests, spent, looks, stopped = [], 0.0, 0.0, 0
+    for seconds, was_stopped in trials:
+        spent += sum(seconds.values())
+        looks += seconds.get("first look", 0.0)
+        stopped += was_stopped
+        if not was_stopped:
+            rests.append(seconds.get("validate", 0.0))
+    mean = sum(rests) / len(rests) if rests else 0.0
+    return {"spent": spent, "looks": looks, "saved": mean * stopped}

@@ -8,14 +8,15 @@
         …run some of step.trials…
         step = search.advance(ended)      # (key of a trial, None or why it failed) each
 
-Trials are measured on validation rays. When all of them have ended, the last step's trials are the
-final front, to be rendered on the held-out views.
+Trials are measured on validation rays. When all of them have ended, or the time of the search is
+over, some of those that the first look stopped are measured in full (the *audit*); the last step's
+trials are the final front, to be rendered on the held-out views.
 """
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from time import monotonic, perf_counter
 
 from nerf.checkpoints import load_model
 from nerf.files import read_tensors
@@ -85,8 +86,12 @@ class Search:
         self.study = open_study(sweep, plan, store)
         self._looks: dict[int, Look] = {}
         self._exhausted = False
+        self._audit: tuple[Trial, ...] | None = None
+        self._missing: set[str] = set()  # of the audit
         self._final: list[Trial] | None = None
         self.proposing = 0.0
+        self._spent_before = self.study.spent()
+        self._began = monotonic()
         starts = self.study.starts()
         if starts is None:
             starts = self._unique(self._starts(dense))
@@ -104,6 +109,7 @@ class Search:
         run left undone comes with the first step.
         """
         for key, failure in ended:
+            self._missing.discard(key)
             self._take(key, failure)
         trials: list[Trial] = []
         proposing = 0.0
@@ -111,16 +117,32 @@ class Search:
             trials += self._undone()
             if not self._may_propose():
                 break
-            started = time.perf_counter()
+            started = perf_counter()
             self._propose()
-            proposing += time.perf_counter() - started
+            proposing += perf_counter() - started
         self.proposing += proposing
         running = any(entry.state == "running" for entry in self._entries.values())
         if running or trials:
             return Step(tuple(trials), False, proposing)
+        if self._audit is None:
+            self.study.keep_spent(self.spent())
+            self._audit = self._audit_trials()
+            todo = [t for t in self._audit if not self.store.has("trial", t.key)]
+            self._missing = {trial.key for trial in todo}
+            if todo:
+                return Step(tuple(todo), False, proposing)
+        if self._missing:
+            return Step((), False, proposing)
         if self._final is None:
             self._final = self._final_trials()
         return Step(tuple(self._final), True, proposing)
+
+    def spent(self) -> float:
+        """Seconds since this search began, those of earlier runs included."""
+        return self._spent_before + monotonic() - self._began
+
+    def _over(self) -> bool:
+        return self.settings.seconds is not None and self.spent() >= self.settings.seconds
 
     def _undone(self) -> list[Trial]:
         """Trials that nobody runs yet; those whose result is in the store are told at once."""
@@ -141,9 +163,9 @@ class Search:
         return searched_trial(self.sweep, self.plan, config, self._look(entry.round))
 
     def _may_propose(self) -> bool:
-        """Whether a round is due: the one before the last has ended, and trials are left."""
+        """Whether a round is due: the one before the last has ended; trials and time are left."""
         entries = self._entries.values()
-        if self._exhausted or len(self._entries) >= self.settings.trials:
+        if self._exhausted or len(self._entries) >= self.settings.trials or self._over():
             return False
         last = max((entry.round for entry in entries), default=-1)
         if self._whole(last):
@@ -183,6 +205,7 @@ class Search:
             entry = self.study.add(round_, slot, proposal)
             self._entries[entry.key] = entry
         self._exhausted = not new
+        self.study.keep_spent(self.spent())
 
     def _finished(self, parameters: Mapping[str, object]) -> tuple[str, Parameters]:
         rounded = self.space.rounded(parameters)
@@ -262,6 +285,7 @@ class Search:
             "stopped": stopped,
             "feasible": good and all(v <= 0.0 for v in broken),
             "first": list(first) if all(math.isfinite(v) for v in first) else None,
+            "seconds": {n: s for n, s in record.provenance.seconds.items() if n in STAGES},
         }
         if not good:
             measured["failure"] = "an objective or constraint is not a number"
@@ -320,6 +344,39 @@ class Search:
             seen.setdefault(self._finished(parameters)[0], (origin, parameters))
         return list(seen.values())
 
+    def _audit_trials(self) -> tuple[Trial, ...]:
+        """What the first look stopped, nearest to the front first, to be measured in full."""
+        objectives = self.settings.objectives
+        best = {
+            e.key: _costs(e.measured["first"], objectives)
+            for e in self.front()
+            if e.measured.get("first")
+        }
+        stopped = {
+            e.key: _costs(e.measured["first"], objectives)
+            for e in self._entries.values()
+            if e.state == "done" and e.measured.get("stopped") not in (None, "infeasible")
+        }
+        found = []
+        for key in goals.nearest(stopped, best.values())[: self.settings.audit]:
+            trial = self._trial(self._entries[key])
+            assert trial.look is not None
+            found.append(replace(trial, look=replace(trial.look, bar=(), bounds=(), audit=True)))
+        return tuple(found)
+
+    def _audited(self) -> dict[str, Costs]:
+        """What the audit measured, of trials that keep to the constraints."""
+        found = {}
+        for trial in self._audit or ():
+            if trial.key in self._missing or not self.store.has("trial", trial.key):
+                continue
+            metrics = self.store.read_record("trial", trial.key).metrics
+            values = goals.values(metrics, self.settings.objectives)
+            broken = goals.violations(metrics, self.bounds, first=False)
+            if all(math.isfinite(v) for v in values) and all(v <= 0.0 for v in broken):
+                found[trial.key] = _costs(values, self.settings.objectives)
+        return found
+
     def front(self) -> list[Entry]:
         """The trials that nothing dominates on the validation rays, of those measured in full."""
         found = self._costs()
@@ -333,7 +390,7 @@ class Search:
         }
 
     def _final_trials(self) -> list[Trial]:
-        found = self._costs()
+        found = {**self._costs(), **self._audited()}
         keys = goals.spread(goals.front(found), found, self.settings.final)
         return [
             searched_trial(self.sweep, self.plan, self.space.config(self._entries[key].parameters))
@@ -343,6 +400,9 @@ class Search:
     def summary(self) -> dict[str, object]:
         """What the report needs of the search: keys of its records, the final front's, counts."""
         entries = sorted(self._entries.values(), key=lambda e: (e.round, e.slot))
+        front = [entry.key for entry in self.front()]
+        audited = self._audited()
+        after = goals.front({**self._costs(), **audited}) if audited else front
         return {
             "study": self.plan.name,
             "training": self.plan.training.key,
@@ -361,11 +421,24 @@ class Search:
                 for entry in entries
             ],
             "proposing_seconds": self.proposing,
-            "front": [entry.key for entry in self.front()],
+            "seconds": self.spent(),
+            "saved": goals.saved(
+                (e.measured.get("seconds", {}), e.measured.get("stopped") is not None)
+                for e in entries
+                if e.state == "done"
+            ),
+            "front": front,
+            "audit": {
+                "records": [trial.key for trial in self._audit or ()],
+                "trials": len(audited),
+                "joined": sorted(set(after) - set(front)),
+                "left": sorted(set(front) - set(after)),
+            },
             "final": [trial.key for trial in self._final or ()],
         }
 
 
+STAGES = frozenset({"prune", "first look", "validate"})
 MODEL = "model.safetensors"
 STATS = "statistics.safetensors"
 

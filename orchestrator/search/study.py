@@ -1,7 +1,7 @@
-"""The study: every trial of a search in a database, and Optuna's samplers that propose more.
+"""The study: every trial of a search in a database, and what Optuna's samplers propose next.
 
-The only module that imports Optuna. The database is the truth: a study opened again, by whichever
-process, knows what was proposed, what ended how, and what did not end.
+Only this module and `samplers` import Optuna. The database is the truth: a study opened again, by
+whichever process, knows what was proposed, what ended how, and what did not end.
 
 Trials are proposed in **rounds** of a fixed size. Round r sees the results of the rounds up to
 r − 2 and treats those of round r − 1 as running, so that workers are busy with round r − 1 while
@@ -28,26 +28,20 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
 )
-from optuna.samplers import (
-    BaseSampler,
-    GPSampler,
-    NSGAIIISampler,
-    NSGAIISampler,
-    QMCSampler,
-    RandomSampler,
-    TPESampler,
-)
+from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from orchestrator.errors import SearchError
 from orchestrator.search.goals import UP
+from orchestrator.search.samplers import make_sampler
 from orchestrator.search.space import Choice, Parameters, Range
 from orchestrator.spec.sweep import Objective, Sampler
 
 NOTE = "prunefield"
 MEASURED = "measured"
 STARTS = "starts"
+SPENT = "seconds"
 # A Gaussian process sees at most so many trials, those on the front and the newest: its cost grows
 # with their cube.
 GP_TRIALS = 192
@@ -179,6 +173,14 @@ class Study:
             value = {"origin": origin, "parameters": parameters}
             self._study.set_user_attr(f"{STARTS}:{i}", value)
         self._study.set_user_attr(STARTS, len(starts))
+
+    def spent(self) -> float:
+        """Seconds of this search in all its runs, as far as they were kept."""
+        return float(self._study.user_attrs.get(SPENT, 0.0))
+
+    def keep_spent(self, seconds: float) -> None:
+        """Write how many seconds this search took so far."""
+        self._study.set_user_attr(SPENT, round(seconds, 3))
 
     def entries(self) -> list[Entry]:
         """Every trial of the study, in the order of their proposal."""
@@ -320,28 +322,6 @@ class Study:
             distributions=self.distributions,
             system_attrs=trial.system_attrs,
         )
-
-
-def make_sampler(name: Sampler, seed: int) -> BaseSampler:
-    """One of Optuna's samplers, seeded.
-
-    Args:
-        name: as a sweep file writes it.
-        seed: of its random numbers.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if name == "gp":
-            return GPSampler(seed=seed, warn_independent_sampling=False)
-        if name == "tpe":
-            return TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        if name == "nsga2":
-            return NSGAIISampler(seed=seed, population_size=32)
-        if name == "nsga3":
-            return NSGAIIISampler(seed=seed, population_size=32)
-        if name == "qmc":
-            return QMCSampler(seed=seed, scramble=False, warn_independent_sampling=False)
-        return RandomSampler(seed=seed)
 
 
 def _entry(trial: FrozenTrial) -> Entry | None:

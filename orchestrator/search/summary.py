@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.plan import SearchPlan
@@ -30,9 +30,10 @@ def read_summary(plan: SearchPlan, store: Store) -> Summary | None:
     return None if text is None else json.loads(text)
 
 
-def wanted(plan: SearchPlan) -> list[int]:
-    """How far a search is to go: trials, and points of the front to render."""
-    return [plan.settings.trials, plan.settings.final]
+def wanted(plan: SearchPlan) -> list[float | None]:
+    """How far a search is to go: trials, points of the front to render, seconds, audit."""
+    of = plan.settings
+    return [of.trials, of.final, of.seconds, of.audit]
 
 
 def is_finished(plan: SearchPlan, store: Store) -> bool:
@@ -58,12 +59,16 @@ class Searched:
         final: keys of the trials of the final front, measured on the held-out views.
         stopped: how many trials the first look stopped.
         failed: keys of trials that failed.
+        saved: see `goals.saved`.
+        audit: what came of measuring stopped trials in full.
     """
 
     trials: tuple[str, ...] = ()
     final: tuple[str, ...] = ()
     stopped: int = 0
     failed: tuple[str, ...] = ()
+    saved: Mapping[str, float] = field(default_factory=dict)
+    audit: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
@@ -72,8 +77,27 @@ class Searched:
             f"Search: {len(self.trials)} trials compared on validation rays of the training views "
             f"({self.stopped} stopped after the first look, {len(self.failed)} failed); the "
             f"held-out views were rendered for the {len(self.final)} models of the final front "
-            "alone."
+            "alone." + self._looks
         )
+
+    @property
+    def _looks(self) -> str:
+        """What the first look saved, and whether it cost the front anything."""
+        found = ""
+        whole = self.saved.get("spent", 0.0) + self.saved.get("saved", 0.0)
+        if self.stopped and whole:
+            found += (
+                f" The first look saved {self.saved['saved'] / whole:.1%} of the workers' time "
+                f"({self.saved['saved']:.1f} s; the looks took {self.saved['looks']:.1f} s)."
+            )
+        if checked := self.audit.get("trials", 0):
+            joined, left = len(self.audit["joined"]), len(self.audit["left"])
+            found += f" {checked} of the stopped trials were measured in full afterwards: " + (
+                f"{joined} belong on the front, in the place of {left} of its points."
+                if joined
+                else "the front is the same."
+            )
+        return found
 
 
 def searched(plan: SearchPlan, store: Store) -> Searched:
@@ -90,6 +114,8 @@ def searched(plan: SearchPlan, store: Store) -> Searched:
         final=tuple(summary["final"]),
         stopped=sum(t["stopped"] is not None for t in summary["trials"]),
         failed=tuple(t["key"] for t in summary["trials"] if t["state"] == "failed"),
+        saved=summary.get("saved", {}),
+        audit=summary.get("audit", {}),
     )
 
 

@@ -711,6 +711,16 @@ class FidelitySection(_Section):
         Number,
         Field(ge=0, description="dB by which a trial that is not larger must be better"),
     ] = 0.5
+    audit: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_COUNT,
+            strict=True,
+            description="so many stopped trials, those nearest to the front, are measured in full "
+            "when the search is over, to see whether the front would be another",
+        ),
+    ] = 16
 
 
 class SearchSection(_Section):
@@ -722,6 +732,13 @@ class SearchSection(_Section):
     """
 
     trials: Annotated[Count, Field(description="of the study; raise it to go on")] = 200
+    seconds: Annotated[
+        Seconds,
+        Field(
+            description="after so long (`8min`; all runs together) nothing more is proposed and "
+            "the final front is rendered; raise it to go on"
+        ),
+    ] = None
     sampler: Annotated[
         Literal["gp", "tpe", "nsga2", "nsga3", "qmc", "random"],
         Field(description="Optuna's sampler"),

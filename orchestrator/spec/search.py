@@ -121,6 +121,7 @@ def search_settings(section: SearchSection, depth: int) -> SearchSettings:
     calibration, start = section.calibration, section.start
     return SearchSettings(
         trials=section.trials,
+        seconds=section.seconds,
         sampler=section.sampler,
         seed=section.seed,
         batch=section.batch,
@@ -149,6 +150,7 @@ def search_settings(section: SearchSection, depth: int) -> SearchSettings:
         start_store=start.store,
         first_rays=section.fidelity.rays,
         margin=section.fidelity.margin,
+        audit=section.fidelity.audit,
         final=section.final,
         storage=section.storage,
     )
@@ -156,4 +158,7 @@ def search_settings(section: SearchSection, depth: int) -> SearchSettings:
 
 def search_identity(section: SearchSection) -> dict[str, Any]:
     """What decides the results of a search; how far it goes and where it is kept do not."""
-    return section.model_dump(exclude={"trials", "storage", "final"})
+    return section.model_dump(
+        exclude={"trials": True, "seconds": True, "storage": True, "final": True}
+        | {"fidelity": {"audit"}}
+    )

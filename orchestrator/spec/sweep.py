@@ -199,6 +199,7 @@ class SearchSettings:
 
     Attributes:
         trials: how many configurations are tried.
+        seconds: after which nothing more is proposed; None for no end but `trials`.
         sampler: who proposes them.
         seed: of the sampler.
         batch: how many are proposed at once.
@@ -222,11 +223,13 @@ class SearchSettings:
         start_store: whether trials of other sweeps on the same model are tried first.
         first_rays: validation rays of the first look; 0 for none.
         margin: dB by which a trial must be worse to be stopped after it.
+        audit: how many of the stopped trials are measured in full in the end.
         final: the most points of the front whose held-out views are rendered.
         storage: SQLAlchemy URL of the study; None for SQLite in the storage folder.
     """
 
     trials: int
+    seconds: float | None
     sampler: Sampler
     seed: int
     batch: int
@@ -250,6 +253,7 @@ class SearchSettings:
     start_store: bool
     first_rays: int
     margin: float
+    audit: int
     final: int
     storage: str | None
 

@@ -209,6 +209,126 @@ def test_more_trials_go_on_with_the_same_study(tmp_path: Path, demo_folder: Path
     assert more.told() == whole.told()
 
 
+def test_a_search_whose_time_is_over_ends_in_order_and_more_time_goes_on(
+    tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("orchestrator.search.search.monotonic", lambda: clock[0])
+
+    def drive(desk: Desk) -> list[Trial]:
+        """A second for each trial."""
+        run = desk.run
+        monkeypatch.setattr(
+            desk, "run", lambda *given: (clock.__setitem__(0, clock[0] + 1.0), run(*given))
+        )
+        return desk.drive(desk.search())
+
+    whole = Desk(tmp_path / "whole", demo_folder)
+    whole.drive(whole.search())
+    short = Desk(tmp_path / "short", demo_folder, seconds=5.0)
+    final = drive(short)
+    # Two rounds are begun at once, the third at 4 s; at 8 s the time is over, and those end.
+    assert short.told() == whole.told()[:12]
+    assert final
+    assert not is_finished(short.plan, short.store)
+    for trial in final:
+        short.run(trial)
+    assert is_finished(short.plan, short.store)
+    again = Desk(tmp_path / "short", demo_folder, seconds=5.0)
+    assert again.search().advance([]).finished  # the time of earlier runs counts
+    more = Desk(tmp_path / "short", demo_folder, seconds=1000.0)
+    assert not is_finished(more.plan, more.store)
+    drive(more)
+    assert more.told() == whole.told()
+
+
+def test_fewer_trials_end_a_search_that_was_stopped(tmp_path: Path, demo_folder: Path) -> None:
+    desk = Desk(tmp_path, demo_folder)
+    desk.drive(desk.search(), most=6)  # and then the driver is interrupted
+    fewer = Desk(tmp_path, demo_folder, trials=4)
+    final = fewer.drive(fewer.search())
+    states = Counter(t.state.name for t in fewer.study().trials)
+    assert states == {"COMPLETE": 12}  # what had been proposed is ended
+    assert {t.config for t in final} == {
+        fewer.search().space.config(e.parameters) for e in fewer.search().front()
+    }
+
+
+# The smallest model that there is: whatever is worse than it is dominated.
+ENDS = {"uniform": [0.0, 0.95]}
+
+
+def drive_stopping(desk: Desk, lost: int, given: int = 0) -> tuple[Search, list[Trial]]:
+    """Stop each trial of the third round at the first look, `lost` of them wrongly so.
+
+    Returns:
+        The search and what the audit asked for.
+    """
+    search = desk.search()
+    step = search.advance([])
+    todo, audits = list(step.trials), []
+    rounds = {entry.key: entry.round for entry in search.study.entries()}
+    while not step.finished:
+        trial = todo.pop(0)
+        assert trial.look is not None
+        if trial.look.audit:
+            audits.append(trial)
+            if len(audits) > given:
+                desk.run(trial, psnr=99.0 if len(audits) - given <= lost else 1.0)
+        elif rounds[trial.key] == 2:
+            desk.run(replace(trial, key=trial.look.first_key), psnr=2.0)
+        else:
+            desk.run(trial)
+        failure = (
+            None if desk.store.has("trial", trial.key) or not trial.look.audit else "prune: no"
+        )
+        step = search.advance([(trial.key, failure)])
+        rounds = {entry.key: entry.round for entry in search.study.entries()}
+        todo += step.trials
+    write_summary(desk.plan, desk.store, search.summary())
+    return search, audits
+
+
+@pytest.mark.parametrize("most", [0, 3, 16])
+def test_stopped_trials_are_measured_in_full_when_the_search_is_over(
+    most: int, tmp_path: Path, demo_folder: Path
+) -> None:
+    fidelity = {"rays": 64, "margin": 0.5, "audit": most}
+    desk = Desk(tmp_path, demo_folder, fidelity=fidelity, start=ENDS)
+    search, audits = drive_stopping(desk, lost=0)
+    assert len(audits) == min(most, 4)
+    stopped = [e for e in search.study.entries() if e.measured.get("stopped")]
+    assert len(stopped) == 4
+    assert {t.key for t in audits} <= {e.key for e in stopped}
+    assert all(t.look is not None and t.look.bar == () for t in audits)
+    sentence = searched(desk.plan, desk.store).sentence
+    assert ("the front is the same" in sentence) == (most > 0)
+    # Again: what was audited is not measured again.
+    again = desk.search().advance([])
+    assert again.finished
+
+
+def test_what_the_audit_finds_joins_the_final_front(tmp_path: Path, demo_folder: Path) -> None:
+    fidelity = {"rays": 64, "margin": 0.5, "audit": 4}
+    desk = Desk(tmp_path, demo_folder, fidelity=fidelity, start=ENDS)
+    search, audits = drive_stopping(desk, lost=1)
+    found = audits[0]
+    final = desk.search().advance([]).trials
+    assert found.config in {t.config for t in final}
+    assert found.key not in {e.key for e in search.front()}
+    said = searched(desk.plan, desk.store)
+    assert said.audit["joined"] == [found.key]
+    assert "1 belong on the front" in said.sentence
+
+
+def test_an_audit_that_fails_does_not_hold_the_search_up(tmp_path: Path, demo_folder: Path) -> None:
+    fidelity = {"rays": 64, "margin": 0.5, "audit": 4}
+    desk = Desk(tmp_path, demo_folder, fidelity=fidelity, start=ENDS)
+    search, audits = drive_stopping(desk, lost=0, given=2)
+    assert len(audits) == 4
+    assert search.summary()["audit"]["trials"] == 2  # type: ignore[index]
+
+
 def test_nothing_is_tried_twice_and_a_small_space_runs_out(
     tmp_path: Path, demo_folder: Path
 ) -> None:

@@ -16,6 +16,8 @@ from orchestrator.search.goals import (
     dominates,
     front,
     hopeless,
+    nearest,
+    saved,
     spread,
     values,
     violations,
@@ -150,3 +152,43 @@ def test_a_thinned_front_keeps_its_ends(count, most):
         assert (kept[0], kept[-1]) == ("k0", f"k{count - 1}")
         gaps = [int(b[1:]) - int(a[1:]) for a, b in itertools.pairwise(kept)]
         assert max(gaps) - min(gaps) <= 1
+
+
+def test_the_nearest_to_a_front_come_first():
+    best = [(1.0, -20.0), (2.0, -24.0), (3.0, -26.0)]
+    found = {
+        "far": (3.0, -14.0),
+        "just behind": (2.05, -23.9),
+        "smaller and worse": (2.5, -22.0),
+        "just behind, too": (1.2, -20.0),
+    }
+    # By hand: ranges 2 and 12; e.g. "smaller and worse" lies min(0.5/2, 2/12) behind (2, −24).
+    assert nearest(found, best) == ["just behind, too", "just behind", "smaller and worse", "far"]
+    assert nearest(found, []) == sorted(found)
+    assert nearest({}, best) == []
+
+
+@given(
+    cells=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20),
+)
+def test_what_a_front_does_not_dominate_is_nearer_than_what_it_does(cells):
+    found = {f"k{i}": (float(a), float(b)) for i, (a, b) in enumerate(cells)}
+    best = [found[key] for key in front(found)]
+    order = nearest(found, best)
+    assert sorted(order) == sorted(found)
+    strictly_behind = [
+        any(b[0] < c[0] and b[1] < c[1] for b in best) for c in map(found.get, order)
+    ]
+    assert strictly_behind == sorted(strictly_behind)
+
+
+def test_what_a_first_look_saves_is_the_mean_rest_of_the_others():
+    full = {"prune": 1.0, "first look": 0.25, "validate": 2.0}
+    longer = {"prune": 1.0, "first look": 0.25, "validate": 4.0}
+    stopped = {"prune": 1.0, "first look": 0.25}
+    assert saved([(full, False), (stopped, True), (longer, False), (stopped, True)]) == {
+        "spent": 3.25 + 5.25 + 2 * 1.25,
+        "looks": 1.0,
+        "saved": 6.0,
+    }
+    assert saved([]) == {"spent": 0.0, "looks": 0.0, "saved": 0.0}
