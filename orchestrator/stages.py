@@ -203,7 +203,7 @@ class Workbench:
             scene = self.scene()
         while not self.store.has("checkpoint", training.key):
             what = f"training {training.key} of sweep {self.sweep.name}"
-            lease = self.store.lease(f"training-{training.key}", what)
+            lease = self.store.lease(lease_of_training(training.key), what)
             if isinstance(lease, Held):  # another sweep wants the same model and trains it already
                 yield {"waiting": str(lease)}
                 time.sleep(WAIT_SECONDS)
@@ -599,6 +599,11 @@ class Workbench:
             write_picture(renders / f"error_{result.view}.png", error_map(result.picture, photo))
             if truth:
                 write_picture(renders / f"truth_{result.view}.png", photo)
+
+
+def lease_of_training(key: str) -> str:
+    """Name of the lease that whoever trains a model holds."""
+    return f"training-{key}"
 
 
 def recipe_of(checkpoint: Record) -> Recipe:

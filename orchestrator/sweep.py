@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from orchestrator.report import ReportData, ReportFiles, write_report
 from orchestrator.results import Record
 from orchestrator.scheduler import Outcome, execute
 from orchestrator.search.summary import searched
-from orchestrator.spec import Sweep, load
+from orchestrator.spec import Sweep, load, relocated
 from orchestrator.stages import Workbench
 from orchestrator.store import Held, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
@@ -117,9 +117,7 @@ def open_sweep(path: Path | str) -> tuple[Sweep, Store]:
     """
     sweep = load(path)
     store = Store(sweep.storage)
-    if sweep.scene.format == "demo" and sweep.scene.path is None:
-        sweep = replace(sweep, scene=replace(sweep.scene, path=store.root / "scenes" / "demo"))
-    return sweep, store
+    return relocated(sweep, store.root), store
 
 
 @dataclass(frozen=True)

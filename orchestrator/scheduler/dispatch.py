@@ -1,4 +1,4 @@
-"""Where lanes get their work: an actor of no cost that hands out calibrations and prunings.
+"""Where lanes get their work: an actor beside the driver that hands out calibrations and prunings.
 
 It prefers work on the model that a lane has loaded. It remembers what each lane holds and what it
 has ended without reporting it yet, so that nothing is forgotten when a lane dies: what killed its
@@ -15,6 +15,7 @@ import ray
 from ray.actor import ActorHandle
 
 from orchestrator.results import Failure
+from orchestrator.scheduler.actors import Desk, ask, beside_driver
 from orchestrator.scheduler.queue import Item, Loss, Node
 
 Work = tuple[str, Item]  # the key of the model, and what to do with it
@@ -155,42 +156,42 @@ class Dispatcher:
 
     def __init__(self, retries: int, table: ActorHandle | None = None) -> None:
         self._retries = retries
-        self._table = table or ray.remote(num_cpus=0)(WorkTable).remote(retries)
+        self._table = table or beside_driver(Desk, WorkTable, retries)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Dispatcher, (self._retries, self._table))
 
     def expect(self, more: bool) -> None:
         """Say whether more work will come, see `WorkTable.expect`."""
-        ray.get(self._table.expect.remote(more))
+        ask(self._table, "expect", more)
 
     def offer(self, work: Iterable[Work], nodes: Mapping[Item, Node] | None = None) -> None:
         """Add items, each with the key of the model it works on, see `WorkTable.offer`."""
-        ray.get(self._table.offer.remote(list(work), nodes))
+        ask(self._table, "offer", list(work), nodes)
 
     def limit(self, lanes: int | None) -> None:
         """Let surplus lanes end, see `WorkTable.limit`."""
-        ray.get(self._table.limit.remote(lanes))
+        ask(self._table, "limit", lanes)
 
     def next(self, lane: str, model: str | None, reported: bool = False) -> Order:
         """The next item for a lane, see `WorkTable.next`."""
-        return ray.get(self._table.next.remote(lane, model, reported))
+        return ask(self._table, "next", lane, model, reported)
 
     def resume(self, lane: str) -> Order:
         """What a lane held when its worker died, see `WorkTable.resume`."""
-        return ray.get(self._table.resume.remote(lane))
+        return ask(self._table, "resume", lane)
 
     def overdue(self, item: Item, failure: Failure) -> None:
         """An item takes longer than it may, see `WorkTable.overdue`."""
-        ray.get(self._table.overdue.remote(item, failure))
+        ask(self._table, "overdue", item, failure)
 
     def why_overdue(self, item: Item) -> Failure | None:
         """Why an item was given up, see `WorkTable.why_overdue`."""
-        return ray.get(self._table.why_overdue.remote(item))
+        return ask(self._table, "why_overdue", item)
 
     def drop_lane(self, lane: str) -> tuple[Loss, ...]:
         """A lane will not come back, see `WorkTable.drop_lane`."""
-        return ray.get(self._table.drop_lane.remote(lane))
+        return ask(self._table, "drop_lane", lane)
 
     def close(self) -> None:
         """End the actor."""

@@ -18,7 +18,7 @@ from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
 from orchestrator.scheduler.seeking import SearchFeed
-from orchestrator.scheduler.shares import Shares
+from orchestrator.scheduler.shares import Elsewhere, Shares
 from orchestrator.scheduler.worker import BenchMaker, StageTrainable
 from orchestrator.search.summary import is_finished
 from orchestrator.stages import Workbench
@@ -114,7 +114,7 @@ def execute(
         for search in searches:
             open_study(plan.sweep, search, store).close()
     feeds = [SearchFeed(plan.sweep, search, store) for search in searches]
-    queue = PlanQueue(plan, on_progress, on_end, feeds, on_running)
+    queue = PlanQueue(plan, on_progress, on_end, feeds, on_running, Elsewhere(store))
     for listener in audience:
         listener.started(queue.total)
     if queue.total == 0:

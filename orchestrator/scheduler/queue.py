@@ -97,6 +97,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         on_end: called with a node and its failure, None if it succeeded.
         feeds: where more trials come from.
         on_running: called with the number of nodes under way, when it changes.
+        elsewhere: whether another sweep does a training at the moment; it is begun when no longer.
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         on_end: Callable[[Node, Failure | None], None],
         feeds: Iterable[Feed] = (),
         on_running: Callable[[int], None] = lambda _: None,
+        elsewhere: Callable[[Training], bool] = lambda _training: False,
     ) -> None:
         super().__init__(metric="done", mode="max")
+        self._elsewhere = elsewhere
         self._on_progress = on_progress
         self._on_end = on_end
         self._on_running = on_running
@@ -247,10 +250,8 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         most = self._share_out()
         lanes = sum(training is None for training in self._trials.values())
         training_now = len(self._trials) - lanes
-        if self._trainings and (
-            self._max_trainings is None or training_now < self._share(self._max_trainings)
-        ):
-            training = self._trainings.popleft()
+        room = self._max_trainings is None or training_now < self._share(self._max_trainings)
+        if room and (training := self._next_training()):
             self._trials[trial_id] = training
             return {"kind": "train", "key": training.key}
         if not self._open:
@@ -260,6 +261,14 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         if lanes < min(most, ready):
             self._trials[trial_id] = None
             return {"kind": LANE, "key": trial_id}
+        return None
+
+    def _next_training(self) -> Training | None:
+        """The first that no other sweep does."""
+        for training in self._trainings:
+            if not self._elsewhere(training):
+                self._trainings.remove(training)
+                return training
         return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -283,6 +292,8 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             self._end(ended)
         training = self._trials.pop(trial_id)
         if not error:
+            if training is not None and (result or {}).get("elsewhere"):
+                self._trainings.append(training)  # another sweep was first: wait, without a worker
             return
         if training is not None:
             reason = "its worker died more often than `resources.retries` allows"

@@ -1,4 +1,4 @@
-"""A search beside the scheduler: an actor of no cost thinks out trials while lanes run others.
+"""A search beside the scheduler: an actor thinks out trials while lanes run others.
 
 Thinking takes the driver no time: it asks whether a step is there, hands its trials to the queue
 and tells what ended with the next step.
@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from orchestrator.log import logger
 from orchestrator.plan import SearchPlan, Trial
 from orchestrator.results import Failure
+from orchestrator.scheduler.actors import beside_driver
 from orchestrator.search.summary import write_summary
 from orchestrator.spec import Sweep
 from orchestrator.store import Store
@@ -69,7 +70,7 @@ class SearchFeed:
 
     def begin(self) -> None:
         """What it needs is there: think of the first trials."""
-        self._actor = ray.remote(num_cpus=0)(_Seeker).remote(*self._arguments)
+        self._actor = beside_driver(_Seeker, *self._arguments)
         self._ask()
 
     def fail(self, reason: str) -> None:

@@ -1,9 +1,10 @@
 """Several sweeps on one cluster: each takes its share of the workers, and none waits for another.
 
-An actor of no cost knows which drivers are there: each tells it so every few seconds, and one that
+An actor on the head knows which drivers are there: each tells it so every few seconds, and one that
 has been silent is forgotten. A driver takes the cluster's capacity divided by their number; its
 lanes beyond that end after the item they are at, so that a sweep that comes later gets workers
-within the time of one pruning.
+within the time of one pruning. A training that another sweep does already is waited for without a
+worker.
 """
 
 import secrets
@@ -14,7 +15,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from orchestrator.errors import StoreError
 from orchestrator.log import logger
+from orchestrator.plan import Training
+from orchestrator.scheduler.actors import HEAD
+from orchestrator.stages import lease_of_training
+from orchestrator.store import Store
 
 NAME, NAMESPACE = "prunefield-sweeps", "prunefield"
 ASK_SECONDS = 2.0
@@ -50,7 +56,7 @@ class Shares:
         self._register: Any = None
         try:
             self._register = (
-                ray.remote(num_cpus=0)(Register)
+                ray.remote(num_cpus=0, resources=HEAD)(Register)
                 .options(name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True)
                 .remote()
             )
@@ -78,3 +84,35 @@ class Shares:
         if self._register is not None:
             with suppress(RayError):
                 self._register.leave.remote(self._me)
+
+
+class Elsewhere:
+    """Whether another sweep does a training: it holds the lease, which is in the storage.
+
+    Args:
+        store: the storage; asked every few seconds at most.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[str, tuple[float, bool]] = {}
+
+    def __call__(self, training: Training) -> bool:
+        """Whether somebody holds its lease."""
+        asked, held = self._known.get(training.key, (-ASK_SECONDS, False))
+        if time.monotonic() - asked < ASK_SECONDS:
+            return held
+        try:
+            holder = self._store.lease_holder(lease_of_training(training.key))
+        except StoreError as error:  # whoever begins the training says so
+            logger.debug("the lease of training %s cannot be read: %s", training.key, error)
+            holder = None
+        if holder is not None and not held:
+            logger.info(
+                "training %s is being done for %s, by %s: its model is waited for",
+                training.key,
+                holder.owner.what,
+                holder,
+            )
+        self._known[training.key] = time.monotonic(), holder is not None
+        return holder is not None

@@ -50,7 +50,8 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         """Open the workbench; it stays open for every later trial of this actor."""
         self._nodes = nodes
         self._dispatcher = dispatcher
-        self._bench = bench(relocated(sweep), store, origin, exchange.find, exchange.publish)
+        here = relocated(sweep, store.root)
+        self._bench = bench(here, store, origin, exchange.find, exchange.publish)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -86,7 +87,7 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 if update is None:
                     break
                 if "waiting" in update:  # for another sweep that trains the same model
-                    started = time.monotonic()
+                    return {"ended": [], "elsewhere": update["waiting"]}
                 yield update
         except Exception as error:
             return {"ended": [_ended(item, error, watch)]}

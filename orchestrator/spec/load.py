@@ -129,12 +129,19 @@ def given_scene_path(sweep: Sweep) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 
-def relocated(sweep: Sweep) -> Sweep:
-    """The sweep with its scene where this machine has it: a worker may keep it elsewhere."""
-    path = sweep.scene.path
-    if path is None or path.is_dir() or (given := given_scene_path(sweep)) is None:
-        return sweep
-    return replace(sweep, scene=replace(sweep.scene, path=_find_scene(str(given), sweep.source)))
+def relocated(sweep: Sweep, root: Path) -> Sweep:
+    """The sweep with its scene where this machine has it: a worker may keep it elsewhere.
+
+    Args:
+        sweep: the sweep.
+        root: this machine's folder of the storage, which holds the scenes that prunefield makes.
+    """
+    path, given = sweep.scene.path, given_scene_path(sweep)
+    if given is None:
+        path = root / "scenes" / "demo"
+    elif path is None or not path.is_dir():
+        path = _find_scene(str(given), sweep.source)
+    return replace(sweep, scene=replace(sweep.scene, path=path))
 
 
 def _read(source: Path) -> str:

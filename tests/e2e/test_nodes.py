@@ -49,7 +49,6 @@ class Watcher(Progress):
         return
 
 
-@pytest.mark.slow  # not steady yet: see docs/results/reliability.md
 def test_a_sweep_goes_on_when_a_node_is_lost(
     write_sweep: WriteSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

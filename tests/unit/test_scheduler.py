@@ -520,6 +520,10 @@ class Simulation:
             self.die(tune_id, worker)
         elif worker.kind == LANE:
             self.advance_lane(tune_id, worker)
+        elif self.random.random() < 0.2:  # another sweep was first
+            del self.workers[tune_id]
+            self.began[(worker.kind, worker.key)] -= 1
+            self.bench.queue.on_trial_complete(tune_id, {"ended": [], "elsewhere": "another"})
         else:
             item = (worker.kind, worker.key)
             failure = OOPS if self.outcome[item] else None

@@ -1,15 +1,18 @@
 """Several sweeps on one cluster, and nodes that are not there yet: without a cluster."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from orchestrator.errors import ClusterError
-from orchestrator.scheduler import cluster, shares
+from orchestrator.scheduler import actors, cluster, shares
 from orchestrator.scheduler.dispatch import WorkTable
 from orchestrator.scheduler.queue import LANE
 from orchestrator.spec import Resources, StageResources
+from orchestrator.store import Lease, Store
 from tests.unit.test_scheduler import Bench, plan, training, trial
 
 
@@ -146,3 +149,107 @@ def test_trainings_are_shared_out_too() -> None:
     sweeps = 1
     assert [bench.suggest()["kind"] for _ in range(2)] == ["train", "train"]
     assert bench.suggest() is None
+
+
+# --- a training that another sweep does ---------------------------------------------------------
+
+
+def test_a_training_of_another_sweep_is_waited_for_without_a_worker() -> None:
+    theirs = {"a"}
+    bench = Bench(plan(training("a"), training("b"), trial("x", "b")))
+    bench.queue._elsewhere = lambda training: training.key in theirs
+    assert bench.suggest() == {"kind": "train", "key": "b"}
+    assert bench.suggest() is None
+    bench.end("t1", ("train", "b", None))
+    assert bench.suggest()["kind"] == LANE  # whatever can be done is done meanwhile
+    bench.end("t3", ("prune", "x", None))
+    assert bench.suggest() is None
+    assert bench.queue.total == 1
+    theirs.clear()
+    assert bench.suggest() == {"kind": "train", "key": "a"}
+
+
+def test_a_worker_that_finds_its_training_taken_gives_its_place_back() -> None:
+    bench = Bench(plan(training("a"), trial("x", "a")))
+    bench.suggest()
+    bench.queue.on_trial_complete("t1", {"ended": [], "elsewhere": "ada on far"})
+    assert bench.ends == []
+    assert bench.suggest() == {"kind": "train", "key": "a"}
+    bench.end("t2", ("train", "a", None))
+    assert bench.suggest()["kind"] == LANE
+
+
+def test_who_does_a_training_is_asked_of_the_storage_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(shares.time, "monotonic", lambda: now)
+    there = Store(tmp_path)
+    elsewhere = shares.Elsewhere(Store(tmp_path))
+    assert not elsewhere(training("a"))
+    lease = there.lease(shares.lease_of_training("a"), "theirs")
+    assert isinstance(lease, Lease)
+    with lease:
+        assert not elsewhere(training("a"))  # as it was a moment ago
+        now += 2 * shares.ASK_SECONDS
+        assert elsewhere(training("a"))
+        assert not elsewhere(training("b"))
+    now += 2 * shares.ASK_SECONDS
+    assert not elsewhere(training("a"))
+
+
+# --- calls to actors ---------------------------------------------------------------------------
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def next(self, step: int) -> int:
+        self.count += step
+        return self.count
+
+
+class Connection:
+    """Plays the handle of a desk whose answers may be lost on their way."""
+
+    def __init__(self, *faults: Exception | None) -> None:
+        self.desk = actors.Desk(Counter)
+        self.faults = list(faults)
+        self.do = SimpleNamespace(remote=self.call)
+
+    def call(self, *arguments: Any) -> Any:
+        answer = self.desk.do(*arguments)
+        fault = self.faults.pop(0) if self.faults else None
+        return answer if fault is None else fault
+
+
+@pytest.fixture
+def wired(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(answer: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(actors.ray, "get", get)
+    monkeypatch.setattr(actors, "RETRY_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("wired")
+def test_a_call_whose_answer_was_lost_is_repeated_and_done_once() -> None:
+    gone = ActorUnavailableError("connection lost", None)
+    desk: Any = Connection(None, gone, gone, None)
+    assert [actors.ask(desk, "next", 2) for _ in range(3)] == [2, 4, 6]
+
+
+@pytest.mark.usefixtures("wired")
+def test_a_desk_that_is_no_more_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dead: Any = Connection(ActorDiedError())
+    with pytest.raises(ClusterError, match="run the sweep again"):
+        actors.ask(dead, "next", 1)
+    monkeypatch.setattr(actors, "UNAVAILABLE_SECONDS", -1.0)
+    unreachable: Any = Connection(ActorUnavailableError("connection lost", None))
+    with pytest.raises(ClusterError, match="connection lost"):
+        actors.ask(unreachable, "next", 1)

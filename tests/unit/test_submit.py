@@ -110,10 +110,19 @@ def test_a_worker_finds_the_scene_where_its_own_machine_has_it(
     monkeypatch.setenv("PRUNEFIELD_DATA", str(here))
     sweep = read_text(text(mapping(scene={"path": "scenes/room"})), tmp_path / "tiny.yaml")
     assert sweep.scene.path == here / "scenes" / "room"
-    assert relocated(sweep) == sweep
+    assert relocated(sweep, tmp_path) == sweep
     shutil.rmtree(here)
     monkeypatch.setenv("PRUNEFIELD_DATA", str(data))
-    assert relocated(sweep).scene.path == data / "scenes" / "room"
+    assert relocated(sweep, tmp_path).scene.path == data / "scenes" / "room"
+
+
+def test_a_scene_that_prunefield_makes_is_in_the_storage_folder_of_each_machine(
+    tmp_path: Path,
+) -> None:
+    sweep = read_text(text(mapping(scene={"format": "demo"})), tmp_path / "tiny.yaml")
+    for machine in ("driver", "worker"):
+        sweep = relocated(sweep, tmp_path / machine)
+        assert sweep.scene.path == tmp_path / machine / "scenes" / "demo"
 
 
 # --- what reaches a shell ----------------------------------------------------------------------
