@@ -59,9 +59,11 @@ MLFLOW_BACKEND_STORE_URI="postgresql+psycopg://prunefield@127.0.0.1:$postgres_po
 servers+=($!)
 echo "tracking: {uri: http://127.0.0.1:$mlflow_port}"
 if command -v optuna-dashboard >/dev/null; then
-    optuna-dashboard --host 127.0.0.1 --port "$optuna_port" \
-        "postgresql+psycopg://prunefield@127.0.0.1:$postgres_port/optuna" \
-        >"$root/optuna.log" 2>&1 &
+    studies="postgresql+psycopg://prunefield@127.0.0.1:$postgres_port/optuna"
+    # It makes the tables, without which the dashboard ends at once.
+    optuna studies --storage "$studies" >"$root/optuna.log" 2>&1
+    optuna-dashboard --host 127.0.0.1 --port "$optuna_port" "$studies" \
+        >>"$root/optuna.log" 2>&1 &
     servers+=($!)
     echo "optuna-dashboard: http://127.0.0.1:$optuna_port"
 fi

@@ -16,6 +16,8 @@ from orchestrator.bundle import Bundle
 from orchestrator.errors import ClusterError
 
 POLL_SECONDS = 1.0
+STOP_SECONDS = 60
+"""How long a job that is to stop may take to save what it has; Ray itself would kill it after 3."""
 Problems = (
     RuntimeError,
     ConnectionError,
@@ -62,7 +64,10 @@ class Jobs:
                     submission_id=job,
                     runtime_env={
                         "working_dir": str(bundle.folder),
-                        "env_vars": {"PYTHONUNBUFFERED": "1"},
+                        "env_vars": {
+                            "PYTHONUNBUFFERED": "1",
+                            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+                        },
                     },
                     metadata={"sweep": bundle.name, "sweep_hash": bundle.hash},
                 )

@@ -25,7 +25,7 @@ FAKES = {
         "options=()\n"
         'while [ "${1#--}" != "$1" ]; do options+=("$1"); shift; done\n'
         'echo "${options[*]} :: $*" >>"$FAKE_SLURM_LOG"\n'
-        'exec env RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "$@"\n'
+        'exec "$@"\n'
     ),
     "hostname": "echo 127.0.0.1\n",
 }
@@ -51,6 +51,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "SLURM_GPUS_ON_NODE": "0",
         "FAKE_SLURM_LOG": str(tmp_path / "slurm.log"),
         "PYTHONPATH": str(TREE),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # both nodes, and their driver, on loopback
         "OMP_NUM_THREADS": "1",
     }
 

@@ -88,6 +88,25 @@ def test_a_sweep_that_changed_since_ray_up_is_not_run(head: Head, tree: Path) ->
         head.cluster_file(tree / FILE, sweep_for(head))
 
 
+def test_ray_submit_takes_the_path_of_another_sweep(head: Head, tree: Path) -> None:
+    """On a cluster whose file holds a sweep of its own; the code and the file came by `ray up`."""
+    other = sweep_for(head, iterations=15) | {"name": "other"}
+    (tree / "sweeps" / "other.yaml").write_text(yaml.safe_dump(other))
+    command = ("ray", "submit", FILE, "orchestrator/submit.py", "sweeps/other.yaml")
+    absent = head.run(*command, cwd=tree)
+    assert absent.returncode != 0
+    assert "no such file" in " ".join(absent.stdout.split())
+    refreshed = head.run("ray", "up", "-y", "--no-restart", FILE, cwd=tree)
+    assert refreshed.returncode == 0, refreshed.stdout
+    valid = head.run(*PRUNEFIELD, "validate", "sweeps/other.yaml", cwd=tree)
+    expected = re.search(r"hash (\w+)", valid.stdout)
+    assert expected is not None, valid.stdout
+    done = head.run(*command, "--expect", expected.group(1), cwd=tree)
+    assert done.returncode == 0, done.stdout
+    assert f"sweep other ({expected.group(1)})" in " ".join(done.stdout.split())
+    assert MARK in done.stdout
+
+
 def test_prunefield_submit_refreshes_the_cluster_and_leaves_its_jobs_alone(
     head: Head, tree: Path
 ) -> None:
@@ -131,6 +150,31 @@ def test_a_job_on_a_running_cluster_by_its_address(head: Head, tree: Path) -> No
     look = ("by-address", "--job", job.group(1), "--address", head.address)
     state = head.run(*PRUNEFIELD, "status", *look, cwd=tree, RAY_AUTH_TOKEN_PATH=token)
     assert state.stdout.strip() == "SUCCEEDED"
+    said = head.run(*PRUNEFIELD, "logs", *look, cwd=tree, RAY_AUTH_TOKEN_PATH=token)
+    assert MARK in said.stdout
+    assert "hypervolume" in said.stdout
+
+
+def test_a_job_that_is_stopped_by_its_address_saves_its_training(head: Head, tree: Path) -> None:
+    """Nobody needs the tracking server for it."""
+    sweep = sweep_for(head, iterations=100_001) | {"name": "stopped"}
+    (tree / "stopped.yaml").write_text(yaml.safe_dump(sweep))
+    token = str(head.home / ".ray" / "auth_token")
+    command = (*PRUNEFIELD, "submit", "stopped.yaml", "--address", head.address, "--detach")
+    begun = head.run(*command, cwd=tree, RAY_AUTH_TOKEN_PATH=token)
+    assert begun.returncode == 0, begun.stdout
+    job = re.search(r"job (prunefield-stopped-\S+)", begun.stdout)
+    assert job is not None
+    wait_for(head, tree, "stopped.yaml", "RUNNING")
+    look = ("stopped", "--job", job.group(1), "--address", head.address)
+    deadline = time.monotonic() + 120
+    while not list((head.folder / "out").glob("leases/training-*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    asked = head.run(*PRUNEFIELD, "stop", *look, cwd=tree, RAY_AUTH_TOKEN_PATH=token)
+    assert asked.returncode == 0, asked.stdout
+    assert wait_for(head, tree, "stopped.yaml", "KILLED")["silent"] is False
+    assert list((head.folder / "out").glob("running/*/state.safetensors"))
 
 
 def wait_for(head: Head, tree: Path, file: str, status: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_the_how_to_runs_from_the_first_block_to_the_last(
         SCENE_FORMATS.pop("poses", None)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/clusters.md"])
 def test_every_command_shown_is_one_that_there_is(page: str) -> None:
     shown = [
         line.split("#")[0]
@@ -61,6 +61,26 @@ def test_every_command_shown_is_one_that_there_is(page: str) -> None:
     assert len(shown) >= 4
     for line in shown:
         assert build_parser().parse_args(shlex.split(line)[1:]).command
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_every_command_of_ray_shown_is_one_that_ray_takes() -> None:
+    from ray.scripts.scripts import cli
+
+    pages = [ROOT / "docs" / "clusters.md", *(ROOT / "infra").rglob("*.yaml")]
+    pages += (ROOT / "sweeps").glob("*.yaml")
+    text = "\n".join(page.read_text() for page in pages)
+    shown = set(re.findall(r"^(?:#  +)?(ray (?:up|submit|down|job submit) [^#\n]*)", text, re.M))
+    assert len(shown) >= 5
+    for line in shown:
+        _, name, *arguments = shlex.split(line)
+        command = cli.commands[name]
+        if name == "job":
+            command, arguments = command.commands[arguments[0]], arguments[1:]
+        taken = command.make_context(name, arguments, resilient_parsing=False).params
+        for file in (taken.get("cluster_config_file"), taken.get("script")):
+            assert file is None or (ROOT / file).is_file(), line
 
 
 def test_every_sweep_shown_is_valid(tmp_path: Path) -> None:

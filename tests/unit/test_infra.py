@@ -1,5 +1,6 @@
 """infra/: every file is one that its reader takes, as far as that shows without a cloud."""
 
+import json
 import os
 import re
 import shutil
@@ -192,6 +193,51 @@ def test_the_kuberay_schemas_refuse_a_misspelt_key() -> None:
     data["spec"]["workerGroupSpecs"][0]["minReplica"] = 0
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(data, resource("RayCluster", CLUSTER_SPEC))
+
+
+def strict(schema: Any) -> Any:
+    """A resource definition's schema, with keys that Kubernetes would drop taken as mistakes."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: strict(value) for key, value in schema.items()}
+    if kept.get("type") == "object" and "properties" in kept:
+        if not kept.get("x-kubernetes-preserve-unknown-fields"):
+            kept.setdefault("additionalProperties", False)
+    elif kept.get("x-kubernetes-int-or-string"):
+        kept.pop("type", None)
+    return kept
+
+
+def schema_file(name: str) -> Path:
+    """One of the schemas that their projects publish; megabytes, so they are not kept here."""
+    folder = os.environ.get("PRUNEFIELD_SCHEMAS")
+    if not folder:
+        pytest.skip(
+            "PRUNEFIELD_SCHEMAS is not set: it must name a folder with ray.io_rayclusters.yaml and "
+            "ray.io_rayjobs.yaml of KubeRay (helm-chart/kuberay-operator/crds) and "
+            "compose-spec.json of compose-spec (schema)"
+        )
+    return Path(folder) / name
+
+
+@pytest.mark.parametrize("kind", ["raycluster", "rayjob"])
+def test_kuberay_takes_the_resources_by_its_own_definitions(kind: str) -> None:
+    definition = yaml.safe_load(schema_file(f"ray.io_{kind}s.yaml").read_text())
+    (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
+    whole = strict(version["schema"]["openAPIV3Schema"])
+    whole["properties"]["metadata"] = {"type": "object"}
+    data = read(f"infra/kuberay/{kind}.yaml")
+    jsonschema.validate(data, whole)
+    data["spec"]["rayVersio"] = "2"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, whole)
+
+
+def test_compose_takes_the_stack_by_its_own_schema() -> None:
+    schema = json.loads(schema_file("compose-spec.json").read_text())
+    jsonschema.validate(read("infra/tracking/compose.yaml"), schema)
 
 
 # --- the tracking stack ------------------------------------------------------------------------
