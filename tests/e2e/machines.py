@@ -55,6 +55,7 @@ class Machines:
         needed()
         self.folder = folder
         self.port = free_port()
+        self._started: list[subprocess.Popen[bytes]] = []
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PRUNEFIELD_"))}
         self._environment = {
             **kept,
@@ -100,6 +101,7 @@ class Machines:
             process = subprocess.Popen(
                 [*enter, *command], env=environment, stdout=said, stderr=said, cwd="/"
             )
+        self._started.append(process)
         end = time.monotonic() + START_SECONDS
         while b"Ray runtime started" not in log.read_bytes():
             assert process.poll() is None, log.read_text()
@@ -140,3 +142,5 @@ class Machines:
         for process in self.of(name):
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
+        for started in self._started if name is None else ():
+            started.wait()

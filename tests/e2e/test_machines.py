@@ -17,7 +17,14 @@ from tests.e2e.machines import Machines
 from tests.e2e.test_faults import undisturbed
 from tests.services import KEYS, make_bucket, s3_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 WriteSweep = Callable[..., Path]
 TIMED = ("render_seconds", "train_seconds")
