@@ -1,6 +1,7 @@
 """Correctness and speed of the fused kernels on one GPU: variants side by side.
 
     python benchmarks/kernels.py --json kernels.json [--seconds 230] [--only render,train,widths]
+    python benchmarks/kernels.py --only narrow --seconds 60   # kernels of one width (below 256)
 
 First every variant is compared with float64 at full size; a variant that fails is not timed. Times
 are medians (CUDA events; the steps of a training iteration also as one CUDA graph). FLOPs are those
@@ -26,10 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn.functional import normalize
 
+from nerf.cameras import Rays
 from nerf.encoding import encode
-from nerf.field import Field, FieldShape
+from nerf.field import Field, FieldShape, NerfModel, SampleCounts
+from nerf.fused import FusedRenderer
+from nerf.kernels import hopper, mlp, uniform
 from nerf.kernels.hopper import Build
 from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
+from nerf.kernels.plan import plan_for
+from nerf.kernels.uniform import Uniform, Width
+from nerf.rendering import RenderSettings
 
 IMAGE = 504 * 378 * 192  # evaluations of an image at 64 + 128 a ray
 START = time.time()
@@ -40,6 +47,19 @@ VARIANTS = {
     "hopper other turns": replace(HOPPER, build=Build(turn=2, train_turn=2, backward_turn=4)),
 }
 WIDTHS = (256, 243, 224, 192, 160, 128, 96, 64, 48, 32)
+NARROW = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 243, 256)
+# Warp groups to compare with those of `uniform.GROUPS`.
+OTHER_GROUPS = {32: (4, 6), 48: (5,), 64: (4, 6), 96: (3,), 128: (2,), 160: (3,)}
+# Networks whose layers are not all as wide as the kernel: odd, uneven, one layer, wide views.
+CHECKED = (
+    FieldShape(trunk=(45, 13, 33), skip=1, feature=9, view=20),
+    FieldShape(trunk=(30, 31), skip=0, feature=9, view=32),
+    FieldShape(trunk=(16,), skip=None, feature=2, view=3, point_octaves=3),
+    FieldShape(trunk=(128, 120, 127), skip=1, feature=60, view=70),
+    FieldShape(trunk=(61,) * 8, feature=61, view=30),
+    FieldShape(trunk=(90,) * 8, feature=61, view=49, point_octaves=6),
+    FieldShape(trunk=(217,) * 8, feature=217, view=108),
+)
 
 
 def shape_of(width: int) -> FieldShape:
@@ -167,9 +187,43 @@ def good(errors: dict[str, float]) -> bool:
     return max(errors["density"], errors["rgb"]) < 0.02 and errors.get("all gradients", 0) < 0.15
 
 
-def render(launch: Launch, shape: FieldShape, count: int = 24576) -> dict[str, float]:
+def check_uniform(shape: FieldShape, width: Width) -> dict[str, float]:
+    """Errors of a kernel of one width against float64, the worst of several sizes."""
+    field = field_of(shape)
+    worst = {"density": 0.0, "rgb": 0.0}
+    packed = PackedField(field, HOPPER, Uniform(shape, width))
+    for count, samples in ((1, 1), (5, 29), (301, 191), (4001, 64)):
+        given = rays(count, samples)
+        with torch.no_grad():
+            density, rgb, _ = exact(field, given)
+        for _ in range(2):  # an error that moves between runs is a race
+            out = packed(*given)
+            worst["density"] = max(worst["density"], error(out[0], density))
+            worst["rgb"] = max(worst["rgb"], error(out[1], rgb))
+    return worst
+
+
+def picture(shape: FieldShape) -> dict[str, float]:
+    """Time of a picture of both networks through the renderer, and of its networks."""
+    mlp.HOPPER = replace(HOPPER, uniform=True)
+    model = NerfModel.create(shape, SampleCounts(), 0).cuda()
+    renderer = FusedRenderer(model, RenderSettings(0.0, 1.0, white_background=False))
+    count = 504 * 378
+    origins, directions, _, unit = rays(count, 1)
+    all_rays = Rays(origins, directions, unit)
+    whole = median_ms(lambda: renderer(all_rays), 0.3)
+    networks = 0.0
+    for samples in (64, 192):
+        packed, distances = PackedField(model.fine), torch.rand(count, samples, device="cuda")
+        networks += median_ms(lambda p=packed, t=distances: p(origins, directions, t, unit), 0.2)
+    return {"seconds": whole / 1000, "networks": networks / 1000}
+
+
+def render(
+    launch: Launch, shape: FieldShape, count: int = 24576, layout: Uniform | None = None
+) -> dict[str, float]:
     """Time to evaluate `count` rays of 128 samples, projected to an image."""
-    packed, given = PackedField(field_of(shape), launch), rays(count, 128)
+    packed, given = PackedField(field_of(shape), launch, layout), rays(count, 128)
     ms = median_ms(lambda: packed(*given))
     evaluations = count * 128
     flops = packed.plan.flops()
@@ -368,6 +422,67 @@ class Run:
                 rows[width] = row
             self.save()
 
+    def narrow(self) -> None:
+        """The kernels of one width: correctness, time against FLOPs, whole pictures."""
+        started = time.time()
+        widths = [Width(w) for w in uniform.WIDTHS]
+        widths += [Width(w, g) for w, groups in OTHER_GROUPS.items() for g in groups]
+        names = [width.name for width in widths]
+        guarded("compiling", lambda: hopper.kernels(Build(), 0, "render", *names))
+        print(f"{len(names)} kernels compiled in {time.time() - started:.0f} s", flush=True)
+        print("errors against float64")
+        rows = self.found.setdefault("narrow", {})
+        right: set[str] = set()
+        for width in widths:
+            shape = shape_of(width.width - width.width // 60)
+            if self.checked(width.name, shape, width):
+                right.add(width.name)
+        for at, shape in enumerate(CHECKED):
+            found = uniform.uniform_for(plan_for(shape))
+            if found is not None:
+                self.checked(f"network {at} {found.width.name}", shape, found.width)
+        print("seconds of a picture's evaluations; of hopper_chain.cu; MFLOP; TFLOP/s", flush=True)
+        for width in NARROW:
+            shape = shape_of(width)
+            row = {"flops": plan_for(shape).flops()}
+            old = replace(HOPPER, uniform=False)
+            before = guarded(f"chain {width}", lambda s=shape, x=old: render(x, s))
+            if before:
+                row["chain"] = before["image_s"]
+            for kernel in widths:
+                if kernel.width != next((w for w in uniform.WIDTHS if w >= width), None):
+                    continue
+                if kernel.name not in right:
+                    continue
+                layout = Uniform(shape, kernel)
+                new = guarded(kernel.name, lambda s=shape, x=layout: render(HOPPER, s, layout=x))
+                if new:
+                    row[kernel.name] = new["image_s"]
+            line(str(width), {k: v / 1e6 if k == "flops" else v for k, v in row.items()})
+            rows[width] = row
+            self.save()
+
+    def checked(self, name: str, shape: FieldShape, width: Width) -> bool:
+        """Whether the kernel of a width is right on a network; prints its errors."""
+        errors = guarded(name, lambda: check_uniform(shape, width))
+        if errors is None:
+            return False
+        line(name, errors)
+        self.found.setdefault("narrow errors", {})[name] = errors
+        self.save()
+        return max(errors.values()) < 0.02
+
+    def pictures(self) -> None:
+        """Whole pictures through the renderer: what else there is than networks."""
+        print("whole picture, 504x378: seconds by width; of it both networks")
+        rows = self.found.setdefault("pictures", {})
+        for width in NARROW:
+            row = guarded(str(width), lambda w=width: picture(shape_of(w)))
+            if row:
+                line(str(width), row)
+                rows[width] = row
+        self.save()
+
     def baseline(self, name: str, measure: Callable[[], dict[str, float]]) -> None:
         """Time something to compare with."""
         row = guarded(name, measure)
@@ -387,6 +502,13 @@ def main() -> None:
     parts = options.only.split(",")
     run = Run(options.json, options.seconds)
     faulthandler.dump_traceback_later(options.seconds + 60, exit=True)  # a kernel that hangs
+    if "narrow" in parts:
+        run.narrow()
+    if "pictures" in parts:
+        run.pictures()
+    if set(parts) <= {"narrow", "pictures"}:
+        print(f"done in {time.time() - START:.0f} s")
+        return
     compile_all(0.45 * options.seconds)
     best = next(reversed(VARIANTS))
     if "render" in parts:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nerf.kernels import uniform
 from nerf.kernels.plan import CHUNK, MAX_CHUNKS, Plan
 
-SHARED_LIMIT = 232_448  # bytes of shared memory a program may have
+SHARED_LIMIT = uniform.SHARED_LIMIT  # bytes of shared memory a program may have
 THREADS = 384
 TILE = 8192  # bytes
 VECTOR_LIMIT = 4096  # biases and heads that fit into shared memory behind the ring
@@ -78,12 +79,23 @@ class Build:
         return (self.train_stages * 4 + 2 + 8) * TILE + REST
 
     @property
+    def limit(self) -> int:
+        """Shared memory that the kernels of one width may take; each network says how much."""
+        return SHARED_LIMIT
+
+    @property
     def gradient_bytes(self) -> int:
         """Shared memory of the weight gradients."""
         return self.gradient_stages * 6 * TILE + 1024 + 16 * self.gradient_stages
 
 
-def _wrapper(name: str, columns: int, operands: Sequence[tuple[str, str, str]], tail: str) -> str:
+def _wrapper(
+    name: str,
+    columns: int,
+    operands: Sequence[tuple[str, str, str]],
+    tail: str,
+    size: int | None = None,
+) -> str:
     """One wgmma instruction, m64 n`columns` k16, bf16 into fp32, as a function.
 
     Args:
@@ -91,6 +103,7 @@ def _wrapper(name: str, columns: int, operands: Sequence[tuple[str, str, str]], 
         columns: of the accumulator.
         operands: declaration, constraint and register expressions of what it reads.
         tail: its immediates.
+        size: numbers that the accumulator's array has, if more than are used.
     """
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
@@ -103,9 +116,8 @@ def _wrapper(name: str, columns: int, operands: Sequence[tuple[str, str, str]], 
         inputs += [f'"{constraint}"({x})' for x in names]
         at += len(names)
     arguments = ", ".join(x for x, _, _ in operands)
-    size = max(4, count) if columns < 64 else 128
     return (
-        f"{name}(float (&d)[{size}], {arguments}) {{\n"
+        f"{name}(float (&d)[{size or count}], {arguments}) {{\n"
         f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "\n'
         f'        "{{{registers}}}, {", ".join(reads)}, 1, 1, 1, {tail};"\n'
         f"        : {outputs} : {', '.join(inputs)});\n}}\n"
@@ -132,7 +144,21 @@ def _wrappers(*kinds: str) -> str:
         text.append(f"template <int N> {start}{name}(float (&d)[128], {arguments});\n")
         for chunks in (1, 2, 3, 4):
             text.append(f"template <> {start}")
-            text.append(_wrapper(f"{name}<{chunks}>", 64 * chunks, operands, tail))
+            text.append(_wrapper(f"{name}<{chunks}>", 64 * chunks, operands, tail, 128))
+    return "".join(text)
+
+
+def _wrappers_of(widths: Sequence[int], *kinds: str) -> str:
+    """The same for any numbers of columns, which are the template's argument."""
+    start = "__device__ __forceinline__ void "
+    text = []
+    for name in kinds:
+        operands, tail = _KINDS[name]
+        arguments = ", ".join(x for x, _, _ in operands)
+        text.append(f"template <int N> {start}{name}(float (&d)[N / 2], {arguments});\n")
+        for columns in sorted(set(widths)):
+            text.append(f"template <> {start}")
+            text.append(_wrapper(f"{name}<{columns}>", columns, operands, tail))
     return "".join(text)
 
 
@@ -178,25 +204,46 @@ MODULES = {
 TRAINING = ("train", "backward", "gradients", "merge")
 
 
+def _module(name: str) -> _Module:
+    """A module; those of one width (`uniform.Width.name`) are made as they are asked for."""
+    if name.startswith("uniform"):
+        return _Module("uniform", {}, _CHAIN, (name,), "limit")
+    return MODULES[name]
+
+
 def source(module: str, build: Build) -> str:
     """The whole CUDA source of a module."""
-    spec = MODULES[module]
-    definitions = {name: getattr(build, value) for name, value in spec.constants.items()}
+    spec = _module(module)
+    if spec.file == "uniform":
+        return _uniform_source(uniform.width_of(module), build)
+    definitions: dict[str, int | str] = {
+        name: getattr(build, value) for name, value in spec.constants.items()
+    }
     definitions["TRAIN"] = int(module in ("train", "backward"))
     definitions["BACKWARD"] = int(module == "backward")
     if build.watch:
         definitions["WATCH"] = build.watch
-    text = "".join(f"#define {name} {value}\n" for name, value in definitions.items())
-    text += "typedef unsigned int u32;\ntypedef unsigned long long u64;\n" + _wrappers(
-        *spec.wrappers
-    )
+    instructions = _wrappers(*spec.wrappers)
     if module == "gradients":
-        text += "__device__ __forceinline__ void " + _wrapper(
+        instructions += "__device__ __forceinline__ void " + _wrapper(
             "mma_ones", 8, (_LEFT, _RIGHT), "1, 0"
         )
+    return _together(definitions, instructions, spec.file)
+
+
+def _uniform_source(width: uniform.Width, build: Build) -> str:
+    definitions = width.constants()
+    if build.watch:
+        definitions["WATCH"] = build.watch
+    return _together(definitions, _wrappers_of((width.width, width.half), *_CHAIN), "uniform")
+
+
+def _together(definitions: dict[str, int | str], instructions: str, file: str) -> str:
+    text = "".join(f"#define {name} {value}\n" for name, value in definitions.items())
+    text += "typedef unsigned int u32;\ntypedef unsigned long long u64;\n" + instructions
     files = resources.files("nerf.kernels")
     return text + "".join(
-        files.joinpath(f"hopper_{name}.cu").read_text() for name in ("common", spec.file)
+        files.joinpath(f"hopper_{name}.cu").read_text() for name in ("common", file)
     )
 
 
@@ -311,12 +358,12 @@ class Kernels:
     def load(self, module: str, code: bytes) -> None:
         """Make a compiled module's kernels ready to launch (before a CUDA graph is captured)."""
         handle = ctypes.c_void_p()
-        shared = MODULES[module].shared
+        shared = _module(module).shared
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()  # there is a context now
             _checked(_driver().cuCtxGetCurrent(ctypes.byref(self._context)), "context")
             _checked(_driver().cuModuleLoadData(ctypes.byref(handle), code), "loading")
-            for name in MODULES[module].kernels:
+            for name in _module(module).kernels:
                 function = ctypes.c_void_p()
                 get = _driver().cuModuleGetFunction
                 _checked(get(ctypes.byref(function), handle, name.encode()), name)

@@ -14,7 +14,9 @@ Importing this module needs Triton; `nerf.kernels.available` says whether that w
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from nerf.kernels.plan import (
     plan_for,
     swizzled,
 )
+from nerf.kernels.uniform import Uniform, Width, exchanged, uniform_for
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,8 @@ GATHER_BLOCK = 1024  # elements a program packs
 REDUCE_BLOCK = 512  # gradients a program sums up
 PACK_BLOCK = 2048  # elements a program packs (`pack_weights`, hopper_merge.cu)
 DEFAULT_BUILD = hopper.Build()
+# What two kernels may differ by that round alike but sum up in another order.
+UNIFORM_TOLERANCE = 0.02
 RAYS = 8  # rays a program of `ray_gradients` (hopper_merge.cu) takes
 
 
@@ -57,6 +62,7 @@ class Launch:
         gradient_stages: depth of the pipeline of the weight gradients ("triton").
         dtype: what the matrix products read; fp32 (for tests) needs "triton".
         build: compile-time constants ("hopper").
+        uniform: whether the kernels of one width may evaluate ("hopper").
     """
 
     kind: str = "triton"
@@ -67,6 +73,7 @@ class Launch:
     gradient_stages: int = 4
     dtype: torch.dtype = torch.bfloat16
     build: hopper.Build = DEFAULT_BUILD
+    uniform: bool = False
 
 
 HOPPER = Launch(kind="hopper")
@@ -92,15 +99,24 @@ def programs(device: torch.device) -> int:
 class PackedField:
     """One network packed for evaluation; nothing of it is trained.
 
+    Args:
+        field: the network, on the device.
+        launch: how; the fastest that works here by default.
+        layout: of the kernel of one width, which is then used unasked.
+
     Example:
         >>> density, rgb = PackedField(field)(origins, directions, distances, view_directions)
     """
 
-    def __init__(self, field: Field, launch: Launch | None = None) -> None:
+    def __init__(
+        self, field: Field, launch: Launch | None = None, layout: Uniform | None = None
+    ) -> None:
         device = field.rgb.weight.device
         self.shape = field.shape
         self.launch = launch or default_launch(device, field.shape)
         self.plan = plan_for(field.shape)
+        self.uniform = layout or uniform_layout(self.plan, self.launch, device)
+        columns = self.plan.view_columns
         with torch.no_grad():
             weights = {name: value.detach().float() for name, value in field.named_parameters()}
             from_feature, from_direction = weights["view.weight"].split(
@@ -110,20 +126,31 @@ class PackedField:
             mix = from_feature.double() @ weights["feature.weight"].double()
             constant = from_feature.double() @ weights["feature.bias"].double()
             weights["mix.weight"] = mix.float()
+            if self.uniform is not None:
+                columns = self.uniform.view_columns
             # Padded to whole chunks, so that the kernels read aligned rows.
-            padding = self.plan.view_columns - self.shape.view
+            padding = columns - self.shape.view
             self.direction = pad(from_direction, (0, 0, 0, padding))
             self.constant = pad((weights["view.bias"].double() + constant).float(), (0, padding))
-            self.tiles = self.plan.forward_tiles(weights).to(self.launch.dtype)
-            if self.launch.kind == "hopper":
-                self.tiles = swizzled(self.tiles)
-            self.vector = self.plan.vector(weights)
+            self._pack(weights)
         self.table = self.plan.table().to(device)
         self.programs = programs(device)
         self._scratch: Tensor | None = None
 
+    def _pack(self, weights: Mapping[str, Tensor]) -> None:
+        """Weights and vectors as the kernel reads them."""
+        if self.uniform is not None:
+            self.direction, self.constant = exchanged(self.direction), exchanged(self.constant)
+            self.tiles = self.uniform.panels(weights).to(self.launch.dtype)
+            self.vector = self.uniform.vector(weights)
+            return
+        self.tiles = self.plan.forward_tiles(weights).to(self.launch.dtype)
+        if self.launch.kind == "hopper":
+            self.tiles = swizzled(self.tiles)
+        self.vector = self.plan.vector(weights)
+
     def share(self, view_directions: Float[Tensor, "rays 3"]) -> Float[Tensor, "rays columns"]:
-        """What the view layer adds for a ray (its direction's share and biases), in chunks."""
+        """What the view layer adds for a ray (its direction's share and biases), padded."""
         encoded = encode(view_directions, self.shape.direction_octaves)
         return torch.addmm(self.constant, encoded, self.direction.t())
 
@@ -160,6 +187,73 @@ class PackedField:
                 rgb,
             )
         return density, rgb
+
+
+def launch_uniform(
+    packed: PackedField,
+    layout: Uniform,
+    origins: Tensor,
+    directions: Tensor,
+    distances: Tensor,
+    share: Tensor,
+    density: Tensor,
+    rgb: Tensor,
+) -> None:
+    """Launch the kernel of one width."""
+    width = layout.width
+    rows, samples = distances.numel(), distances.shape[1]
+    tiles = triton.cdiv(rows, CHUNK)
+    inverse = min(2**32 // samples, 2**32 - 1)  # ctypes takes the lower 32 bits
+    arguments = hopper.structure(
+        origins, directions, distances, share, packed.tiles, packed.vector, density, rgb, rows,
+        samples, tiles, len(layout.shape.trunk), layout.points, layout.shape.point_octaves,
+        layout.vector_size, int(layout.wide_view), inverse, layout.weight_bytes,
+    )  # fmt: skip
+    device = hopper.kernels(packed.launch.build, distances.device.index or 0, width.name)
+    grid = min(packed.programs, triton.cdiv(tiles, width.groups))
+    device.launch(width.name, (grid, 1), width.threads, layout.shared_bytes, arguments)
+
+
+def uniform_layout(plan: Plan, launch: Launch, device: torch.device) -> Uniform | None:
+    """The layout for the kernel of one width, where that is faster and right; else None."""
+    if launch.kind != "hopper" or not launch.uniform:
+        return None
+    layout = uniform_for(plan)
+    if layout is None:
+        return None
+    fault = _uniform_fault(layout.width.width, launch.build, device)
+    return layout if fault is None else None
+
+
+@lru_cache(maxsize=64)
+def _uniform_fault(width: int, build: hopper.Build, device: torch.device) -> str | None:
+    """Why the kernel of a width cannot be trusted here; None if it can. Asked once a process.
+
+    It is compared with `hopper_chain.cu` on a network with a skip, whose layers are not quite as
+    wide, of rows that end within a tile.
+    """
+    shape = FieldShape(trunk=(width, width - 3, width), skip=0, feature=8, view=width // 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        field = Field(shape)
+        given = [torch.rand(n) for n in ((37, 3), (37, 3), (37, 43), (37, 3))]
+    layout = Uniform(shape, Width(width))
+    try:
+        field.to(device)
+        given = [value.to(device) for value in given]
+        expected = PackedField(field, replace(HOPPER, build=build, uniform=False))(*given)
+        found = PackedField(field, replace(HOPPER, build=build), layout)(*given)
+        for one, other in zip(found, expected, strict=True):
+            error = float((one - other).norm() / other.norm())
+            if not error < UNIFORM_TOLERANCE:
+                raise ValueError(f"its outputs are wrong here (error {error:.2g})")
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or a driver throws
+        fault = f"{type(error).__name__}: {error}"
+        log.warning("the kernel of width %d is not used: %s", width, fault)
+        return fault
+    return None
 
 
 def chain_grid(tiles: int, programs: int) -> int:
@@ -204,6 +298,9 @@ def launch_forward(
     """Launch the forward chain without keeping activations."""
     plan, launch = packed.plan, packed.launch
     rows = distances.numel()
+    if packed.uniform is not None:
+        launch_uniform(packed, packed.uniform, origins, directions, distances, share, density, rgb)
+        return
     if launch.kind == "hopper":
         device = hopper.kernels(launch.build, distances.device.index or 0, "render")
         arguments = forward_arguments(

@@ -28,7 +28,7 @@ from nerf.field import Field, FieldShape
 
 with triton_interpreter.unchecked_imports():
     from nerf.kernels import encode as encode_kernel
-    from nerf.kernels import mlp
+    from nerf.kernels import mlp, uniform
     from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 
 # PyTorch's own remark about the thread in which autograd runs, on a GPU.
@@ -190,6 +190,26 @@ def test_evaluation(shape, launch, count):
     tolerance, _ = tolerances(launch)
     assert error(out_density, density) < tolerance
     assert error(out_rgb, rgb) < tolerance
+
+
+@pytest.mark.skipif(not HOPPER_GPU, reason="the kernels of one width need a Hopper GPU")
+@pytest.mark.parametrize("wide_view", [False, True])
+@pytest.mark.parametrize("width", uniform.WIDTHS)
+def test_evaluation_at_one_width(width, wide_view):
+    """Layers narrower than the kernel, rows that end within a tile, more tiles than programs."""
+    shape = FieldShape(
+        trunk=(width, width - 3, width - 7, width), skip=1, feature=9,
+        view=width if wide_view else width // 2 - 1,
+    )  # fmt: skip
+    field = fields(shape)
+    layout = uniform.Uniform(shape, uniform.Width(width))
+    for count in ((1, 1), (5, 29), (701, 192)):
+        given = rays(*count)
+        zeros = torch.zeros(*count, device=DEVICE), torch.zeros(*count, 3, device=DEVICE)
+        density, rgb, _ = reference(field, *given, *zeros, bf16)
+        out_density, out_rgb = PackedField(field, HOPPER, layout)(*given)
+        assert error(out_density, density) < 2e-3
+        assert error(out_rgb, rgb) < 2e-3
 
 
 @pytest.mark.parametrize("count", [(5, 29), (1, 64), (70, 40)] if GPU else [(5, 29), (1, 64)],
