@@ -9,10 +9,16 @@ grid of prunings that no other run has: both networks, activation and magnitude,
 is given until everything is logged and reported, and until the last trial has ended; Ray's start is
 part of both.
 
-What the trials themselves need is measured afterwards, on others of the same kind spread over the
-same ratios, one after another in this process with nothing else running: GPU time is the sum of
-the durations of the kernels and copies of calibration, pruning and evaluation, by CUPTI through
-PyTorch's profiler. On a CPU it is CPU seconds of the process.
+What the trials themselves need is measured afterwards on the same GPU, on others of the same kind
+spread over the same ratios (`--sample` of them; the sum for all is extrapolated), one after another
+in this process, without Ray and with nothing else running, in two ways:
+
+- `alone`: seconds of their stages calibrate, prune and evaluate (three whole views); loading,
+  writing and logging are not counted. A trial that has a GPU to itself occupies it for so long.
+- `kernels`: of that, the durations of the kernels and copies alone, by CUPTI through PyTorch's
+  profiler (on a CPU: CPU seconds of the process). What several at a time could reach at best.
+
+The wall time is compared with both sums.
 """
 
 import argparse
@@ -37,16 +43,18 @@ from orchestrator.stages import Stopwatch, Workbench
 from orchestrator.sweep import open_sweep, run
 
 CRITERIA = ("activation", "magnitude")
+OWN = ("calibrate", "prune", "evaluate")  # stages that are a trial's own time
 
 
 class Clock(Progress):
     """Progress that knows when the last trial ended."""
 
-    last = 0.0
+    first = last = 0.0
 
     def ended(self, record: Record | None) -> None:
         """A node ended."""
         self.last = time.perf_counter()
+        self.first = self.first or self.last
         super().ended(record)
 
 
@@ -55,6 +63,8 @@ def sweep_of(options: argparse.Namespace, name: str, ratios: list[float], seed: 
     data = yaml.safe_load(options.sweep.read_text())
     data = data.get("metadata", {}).get("sweep", data)
     sweep = {key: data[key] for key in ("scene", "train", "storage", "resources") if key in data}
+    if options.storage is not None:
+        sweep["storage"] = options.storage
     sweep["name"] = name
     sweep["prune"] = {
         "networks": "both",
@@ -88,22 +98,32 @@ def busy(work: Callable[[], Any]) -> float:
 
 
 def alone(options: argparse.Namespace, seed: int) -> dict[str, float]:
-    """GPU seconds of the calibration, and of a trial on average, with nothing else running."""
-    ratios = ratios_of(max(1, options.sample // len(CRITERIA)), (seed % 997) / 997)
+    """Seconds of the calibration, and of a trial on average, with nothing else running."""
+    ratios = ratios_of(max(2, options.sample // len(CRITERIA)), (seed % 997) / 997)
     sweep, store = open_sweep(sweep_of(options, f"fanout-alone-{seed}", ratios, seed))
     plan = make_plan(sweep, store)
     bench = Workbench(sweep, store, Origin.here())
-    calibrations = sum(busy(lambda c=c: bench.calibrate(c, Stopwatch())) for c in plan.calibrations)
+    watch = Stopwatch()
+    calibrations = sum(busy(lambda c=c: bench.calibrate(c, watch)) for c in plan.calibrations)
+    calibrate = watch.seconds.get("calibrate", 0.0)
     bench.prune(plan.trials[0], Stopwatch())  # kernels compile
-    rest = plan.trials[1:]
-    started = time.perf_counter()
-    own = sum(busy(lambda t=t: bench.prune(t, Stopwatch())) for t in rest)
+    # In turn, so that both see every ratio and criterion.
+    timed, profiled = plan.trials[1:][::2], plan.trials[1:][1::2]
+    watch, started = Stopwatch(), time.perf_counter()
+    for trial in timed:
+        bench.prune(trial, watch)
     wall = time.perf_counter() - started
+    kernels = sum(busy(lambda t=t: bench.prune(t, Stopwatch())) for t in profiled)
+    stages = {name: seconds / len(timed) for name, seconds in watch.seconds.items()}
     return {
-        "sample": len(rest),
-        "calibration": calibrations,
-        "gpu_per_trial": own / len(rest),
-        "wall_per_trial_profiled": wall / len(rest),
+        "timed": len(timed),
+        "profiled": len(profiled),
+        "calibration": calibrate,
+        "calibration_kernels": calibrations,
+        "trial": sum(stages.get(name, 0.0) for name in OWN),
+        "trial_kernels": kernels / len(profiled),
+        "trial_with_loading_and_writing": wall / len(timed),
+        **{f"trial_{name}": seconds for name, seconds in stages.items()},
     }
 
 
@@ -112,7 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="file of a sweep whose model is trained already")
     parser.add_argument("--trials", type=int, default=500)
-    parser.add_argument("--sample", type=int, default=24, help="trials measured alone")
+    parser.add_argument("--sample", type=int, default=60, help="trials measured alone")
+    parser.add_argument("--storage", help="instead of the file's")
     parser.add_argument("--rays", type=int, default=1024, help="calibration rays a view")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--folder", default="prunefield-out/fanout", help="for the sweep files")
@@ -137,8 +158,10 @@ def main() -> None:
     for record in records:
         for stage, seconds in record.provenance.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
+    print(f"{todo} trials in {wall:.1f} s of wall time; now some of them alone", flush=True)
     own = alone(options, seed + 1)
-    total = own["calibration"] + todo * own["gpu_per_trial"]
+    total = own["calibration"] + todo * own["trial"]
+    kernels = own["calibration_kernels"] + todo * own["trial_kernels"]
     found = {
         "hardware": describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "commit": Origin.here().commit,
@@ -146,19 +169,25 @@ def main() -> None:
         "failures": len(finished.outcome.failures),
         "wall": wall,
         "wall_until_last_trial": until_last,
-        "gpu_seconds": total,
+        "until_first_trial": clock.first - started,
+        "alone_seconds": total,
+        "kernel_seconds": kernels,
         "ratio": wall / total,
         "ratio_until_last_trial": until_last / total,
+        "ratio_to_kernels": wall / kernels,
+        "ratio_to_kernels_until_last_trial": until_last / kernels,
         "overhead_per_trial": (wall - total) / todo,
         "trials_per_minute": 60 * todo / wall,
         "stage_seconds_of_all_workers": stages,
         "alone": own,
     }
-    for name in ("trials", "failures", "wall", "wall_until_last_trial", "gpu_seconds", "ratio",
-                 "ratio_until_last_trial", "overhead_per_trial", "trials_per_minute"):  # fmt: skip
-        print(f"{name:24} {found[name]:10.3f}")
+    for name, value in found.items():
+        if isinstance(value, int | float):
+            print(f"{name:34} {value:10.3f}")
+    for name, value in own.items():
+        print(f"  alone: {name:25} {value:10.4f}")
     for stage, seconds in stages.items():
-        print(f"  {stage:22} {seconds:10.3f} s, all workers together")
+        print(f"  {stage:32} {seconds:10.3f} s, all workers together")
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1))
 

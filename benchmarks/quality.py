@@ -5,15 +5,19 @@
 
 Trains the real fern by each of `--runs` (backend:precision) one after another from the same seed,
 on the same rays with the same random numbers, and measures whole held-out views in fp32 with plain
-PyTorch. A run that was interrupted goes on: states are kept in `--folder`.
+PyTorch, at the end and at `--checkpoints` on the way. A run that was interrupted goes on: states
+are kept in `--folder`, whatever `--iterations` then says.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", default="eager:float32,fused:bfloat16")
     parser.add_argument("--iterations", type=int, default=20_000)
+    parser.add_argument(
+        "--checkpoints", type=lambda text: [int(x) for x in text.split(",")], default=[],
+        help="iterations at which views are measured besides the last, with commas between",
+    )  # fmt: skip
     parser.add_argument("--rays", type=int, default=1024, help="rays an iteration")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -43,9 +51,12 @@ def main() -> None:
     scene = load_scene(SceneSettings(path=options.scene or data / "nerf_llff_data" / "fern"))
     device = resolve_device(options.device)
     held_out = HeldOut(scene, device, options.max_rays)
-    rows = []
+    stops = sorted({*options.checkpoints, options.iterations})
+    rows: list[dict[str, Any]] = []
     print(f"{describe_device(device)}, {options.iterations:,} iterations, seed {options.seed}")
-    print("run                  PSNR dB   SSIM   train PSNR   seconds    it/s", flush=True)
+    print(
+        "run                 iterations   PSNR dB   SSIM   train PSNR   seconds    it/s", flush=True
+    )
     for name in options.runs.split(","):
         backend, precision = name.split(":")
         recipe = Recipe(iterations=options.iterations, rays=options.rays, precision=precision)
@@ -55,40 +66,75 @@ def main() -> None:
         if trainer.backend != backend:
             print(f"{name:18} falls back to {trainer.backend}")
             continue
-        stem = f"{backend}-{precision}-{options.iterations}-{options.rays}-{options.seed}"
-        state, clock = options.folder / f"{stem}.state", options.folder / f"{stem}.json"
-        seconds, saved, train_psnr = 0.0, time.monotonic(), float("nan")
-        if state.is_file():
-            trainer.load(state)
-            seconds = json.loads(clock.read_text())["seconds"]
-        while not trainer.done:
-            progress = trainer.advance(500)
-            seconds, train_psnr = seconds + progress.seconds, progress.train_psnr
-            if trainer.done or time.monotonic() - saved > options.save_seconds:
-                trainer.save(state)
-                clock.write_text(json.dumps({"seconds": seconds}))
+        for row in follow(trainer, name, stops, held_out, options):
+            rows.append(row)
+            show(row)
+            if options.json is not None:
+                options.json.write_text(json.dumps(rows, indent=1))
+    for stop in stops:
+        at = [row for row in rows if row["iterations"] == stop]
+        for row in at[1:]:
+            difference = row["psnr"] - at[0]["psnr"]
+            print(f"{stop:,} iterations: {row['run']} {difference:+.3f} dB of {at[0]['run']}")
+
+
+def follow(
+    trainer: Trainer,
+    name: str,
+    stops: list[int],
+    held_out: HeldOut,
+    options: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """Train, or go on, and measure at each stop; those that lie behind are left out."""
+    stem = name.replace(":", "-") + f"-{options.rays}-{options.seed}"
+    state, clock = options.folder / f"{stem}.state", options.folder / f"{stem}.json"
+    options.folder.mkdir(parents=True, exist_ok=True)
+    kept: dict[str, Any] = {"seconds": 0.0, "rows": []}
+
+    def keep() -> None:
+        trainer.save(state)
+        clock.write_text(json.dumps(kept))
+
+    if state.is_file():
+        trainer.load(state)
+        kept.update(json.loads(clock.read_text()))
+    yield from kept["rows"]
+    saved, train_psnr = time.monotonic(), math.nan
+    known = {row["iterations"] for row in kept["rows"]}
+    for stop in stops:
+        if stop in known or trainer.iteration > stop:
+            continue
+        while trainer.iteration < stop:
+            progress = trainer.advance(min(500, stop - trainer.iteration))
+            kept["seconds"] += progress.seconds
+            train_psnr = progress.train_psnr
+            if time.monotonic() - saved > options.save_seconds:
+                keep()
                 saved = time.monotonic()
         result = held_out.evaluate(trainer.model, "float32", backend="eager")
-        rows.append(
+        kept["rows"].append(
             {
                 "run": name,
+                "iterations": stop,
                 "psnr": result.psnr,
                 "ssim": result.ssim,
                 "train_psnr": train_psnr,
-                "seconds": seconds,
-                "rate": options.iterations / max(seconds, 1e-9),
+                "seconds": kept["seconds"],
+                "rate": stop / max(kept["seconds"], 1e-9),
             }
         )
-        ssim = "     –" if result.ssim is None else f"{result.ssim:6.4f}"
-        print(
-            f"{name:18} {result.psnr:9.3f} {ssim} {train_psnr:12.3f} {seconds:9.1f} "
-            f"{rows[-1]['rate']:7.1f}",
-            flush=True,
-        )
-        if options.json is not None:
-            options.json.write_text(json.dumps(rows, indent=1))
-    if len(rows) > 1:
-        print(f"difference to the first: {rows[-1]['psnr'] - rows[0]['psnr']:+.3f} dB")
+        keep()
+        yield kept["rows"][-1]
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row."""
+    ssim = "     –" if row["ssim"] is None else f"{row['ssim']:6.4f}"
+    print(
+        f"{row['run']:18} {row['iterations']:11,} {row['psnr']:9.3f} {ssim} "
+        f"{row['train_psnr']:12.3f} {row['seconds']:9.1f} {row['rate']:7.1f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
