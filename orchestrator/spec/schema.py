@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from nerf.recipe import PRESETS
 from orchestrator.spec.mistakes import nearest
 from orchestrator.units import parse_bytes, parse_seconds
 from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES, SPARSE, PruningError
@@ -348,6 +349,14 @@ class SamplesSection(_Section):
 class TrainSection(_Section):
     """How the NeRF is trained; lists fan out as a grid."""
 
+    preset: Annotated[
+        Literal["report", "large-batch"],
+        Field(
+            exclude=True,  # a sweep is what its values are, whoever named them
+            description="a named recipe for what is not given here; `large-batch`: 50,000 steps of "
+            "4,096 rays, learning rate 1e-3, decay in 62,500",
+        ),
+    ] = "report"
     iterations: Annotated[list[Count], Listed, Field(min_length=1, description="steps of Adam")] = [
         200_000
     ]
@@ -379,6 +388,13 @@ class TrainSection(_Section):
         NetworkSection()
     )
     samples: Annotated[SamplesSection, Field(description="samples a ray")] = SamplesSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, data: Any) -> Any:
+        """What a preset says where the file says nothing."""
+        name = data.get("preset") if isinstance(data, dict) else None
+        return {**PRESETS[name], **data} if isinstance(name, str) and name in PRESETS else data
 
 
 class CalibrationSection(_Section):
