@@ -32,8 +32,6 @@ from typing import Any
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, ROOT)
-# Ray's workers find the same code.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 
 import torch
 import yaml
@@ -144,6 +142,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="another seed runs anew (the time)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    # Ray's workers find the same code.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     seed = int(time.time()) % 1_000_000 if options.seed is None else options.seed
     ratios = ratios_of(-(-options.trials // len(CRITERIA)), (seed % 991) / 991)
     path = sweep_of(options, f"fanout-{seed}", ratios, seed)

@@ -47,11 +47,15 @@ def recipe_of(name: str, precision: str) -> Recipe:
 
 
 def curve(
-    scene: Scene, held_out: HeldOut, recipe: Recipe, options: argparse.Namespace
+    scene: Scene,
+    held_out: HeldOut,
+    recipe: Recipe,
+    device: torch.device,
+    options: argparse.Namespace,
 ) -> list[dict[str, float]]:
     """Seconds of training, iterations and held-out PSNR of one training."""
     trainer = Trainer(
-        scene, FieldShape(), SampleCounts(), recipe, options.seed, held_out.device, options.backend
+        scene, FieldShape(), SampleCounts(), recipe, options.seed, device, options.backend
     )
     trainer.advance(WARM)
     rate = trainer.advance(WARM).rate
@@ -113,7 +117,7 @@ def main() -> None:
     found: dict[str, Any] = {"hardware": describe_device(device), "seed": options.seed}
     for name in options.recipes.split(","):
         recipe = recipe_of(name, options.precision)
-        points = curve(scene, held_out, recipe, options)
+        points = curve(scene, held_out, recipe, device, options)
         times = [seconds_to(level, points) for level in levels]
         rate = sorted(p["rate"] for p in points)[len(points) // 2]
         found[name] = {
