@@ -30,8 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = str(Path(__file__).resolve().parent.parent)
-sys.path.insert(0, ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import yaml
@@ -143,7 +142,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     # Ray's workers find the same code.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+    paths = (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     seed = int(time.time()) % 1_000_000 if options.seed is None else options.seed
     ratios = ratios_of(-(-options.trials // len(CRITERIA)), (seed % 991) / 991)
     path = sweep_of(options, f"fanout-{seed}", ratios, seed)

@@ -60,7 +60,7 @@ def curve(
     trainer.advance(WARM)
     rate = trainer.advance(WARM).rate
     seconds, points = 2 * WARM / rate, []
-    while seconds < options.seconds:
+    while not points or seconds < options.seconds:
         progress = trainer.advance(max(1, round(rate * options.every)))
         seconds, rate = seconds + progress.seconds, progress.rate
         result = held_out.evaluate(trainer.model, options.precision, backend=options.backend)
