@@ -1,6 +1,6 @@
 """How fast prunefield trains and renders here: one table, and every number as JSON.
 
-    python benchmarks/speed.py --json speed.json [--only train,image,widths,trials] [--seconds 240]
+    python benchmarks/speed.py --json speed.json [--only train,image,widths,…] [--seconds 180]
 
 The shapes are those of the real fern (20 views of 504×378, 1,024 rays an iteration, 64 + 128
 evaluations a ray, two networks of 595,844 parameters); the photos are made up, which changes no
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ from nerf.scenes import Scene
 from nerf.training import Trainer
 
 START = time.monotonic()
-WIDTHS = (256, 243, 192, 128, 96, 64, 48, 32)
+WIDTHS = (256, 243, 224, 192, 160, 128, 112, 96, 80, 64, 48, 32)
 KINDS: tuple[tuple[Backend, Precision], ...] = (
     ("eager", "float32"),
     ("eager", "tf32"),
     ("eager", "bfloat16"),
-    ("compiled", "bfloat16"),
     ("fused", "bfloat16"),
 )
+COMPILED: tuple[tuple[Backend, Precision], ...] = (("compiled", "bfloat16"),)
 NDC = RenderSettings(0.0, 1.0, white_background=False)
 
 
@@ -161,10 +161,10 @@ class Bench:
 
     # --- parts -----------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def train(self, kinds: Sequence[tuple[Backend, Precision]] | None = None) -> None:
         """Iterations a second by backend and precision."""
         say("training          it/s   ms/it  TFLOP/s  floor ms  of floor  peak GiB  first s")
-        for backend, precision in self.kinds():
+        for backend, precision in kinds or self.kinds():
             if self.over():
                 return
             recipe = Recipe(rays=self.rays, precision=precision)
@@ -207,13 +207,18 @@ class Bench:
                 f"{shown(row['peak_gib'])} {first:8.1f}"
             )
 
-    def image(self) -> None:
+    def image(self, kinds: Sequence[tuple[Backend, Precision]] | None = None) -> None:
         """Seconds a whole held-out view, by backend and precision."""
         say("one image            seconds  TFLOP/s   floor s  of floor  peak GiB")
-        for backend, precision in self.kinds():
+        for backend, precision in kinds or self.kinds():
             if self.over():
                 return
             self.picture("image", backend, precision, FieldShape(), f"{backend:8} {precision:9}")
+
+    def compiled(self) -> None:
+        """The same through `torch.compile`: last, as compiling takes the longest."""
+        self.image(COMPILED)
+        self.train(COMPILED)
 
     def widths(self) -> None:
         """Seconds a view against FLOPs, dense networks of a width, on the fastest backend."""
@@ -234,7 +239,10 @@ class Bench:
         model = NerfModel.create(shape, SampleCounts(), 0).to(self.device)
         self.peak()
         renderer = guarded(name, lambda: Renderer(model, NDC, precision, backend))
-        if renderer is None or backend not in ("auto", renderer.backend):
+        if renderer is None:
+            return
+        if backend not in ("auto", renderer.backend):
+            say(f"  {name} falls back to {renderer.backend}")
             return
         camera = self.scene.camera
         pose = torch.as_tensor(self.scene.poses[0], device=self.device)
@@ -335,7 +343,9 @@ def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description="Training and rendering speed, one table")
     parser.add_argument("--json", type=Path, help="where to write every number")
-    parser.add_argument("--only", default="train,image,widths,trials", help="parts to measure")
+    parser.add_argument(
+        "--only", default="train,image,widths,trials,compiled", help="parts to measure"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rays", type=int, help="rays an iteration (1,024; 128 on a CPU)")
     parser.add_argument("--seconds", type=float, default=600, help="start nothing after so long")
