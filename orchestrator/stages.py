@@ -29,7 +29,7 @@ from nerf.training import Progress, RayPool, Recipe, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
 from orchestrator.compress import Material, Reduced, compress
-from orchestrator.errors import PrunefieldError, SweepError
+from orchestrator.errors import PrunefieldError, StoreError, SweepError
 from orchestrator.log import logger
 from orchestrator.plan import Calibration, CalibrationSet, Look, Training, Trial, TrialConfig
 from orchestrator.provenance import Origin
@@ -267,7 +267,7 @@ class Workbench:
         def save() -> None:
             trainer.save(state)
             history_file.write_text(json.dumps({"seconds": spent, "points": history}))
-            self.store.save_running(training.key)
+            self._save_running(training.key)
 
         saved = time.monotonic()
         step = 10
@@ -290,6 +290,13 @@ class Workbench:
         with watch.during("write"), self.store.writing("checkpoint", training.key) as folder:
             self._write_checkpoint(folder, training, trainer, history, spent)
         self.store.remove_running(training.key)
+
+    def _save_running(self, key: str) -> None:
+        """Let other machines have a state; if the storage is away, training goes on without."""
+        try:
+            self.store.save_running(key)
+        except StoreError as error:
+            logger.warning("the state of %s is on this machine only: %s", key, error)
 
     def _go_on(
         self, trainer: AnyTrainer, state: Path, history_file: Path
@@ -455,7 +462,7 @@ class Workbench:
             recipe,
             self.store.running(trial.key),
             self.sweep.resources.checkpoint_seconds,
-            lambda: self.store.save_running(trial.key),
+            lambda: self._save_running(trial.key),
             watch.during,
         )
         if config.control is not None:

@@ -21,7 +21,7 @@ from nerf.camera_paths import orbit_path
 from nerf.cameras import Camera
 from nerf.errors import SceneError
 from nerf.scenes.format import SceneFormat
-from nerf.scenes.photos import fingerprint, read_bytes, read_photos
+from nerf.scenes.photos import fingerprint, inside, read_bytes, read_photos
 from nerf.scenes.scene import Scene
 from nerf.scenes.settings import SceneSettings
 
@@ -158,7 +158,8 @@ def _parse_frame(path: Path, number: int, frame: object) -> tuple[Path, Float[np
             f"{where}: transform_matrix is {matrix!r}; it must be a 4×4 list of finite numbers"
         )
     name = frame["file_path"]
-    photo = path.parent / (name if name.lower().endswith(".png") else f"{name}.png")
+    name = name if name.lower().endswith(".png") else f"{name}.png"
+    photo = inside(path.parent, name, where)
     if not photo.is_file():
         raise SceneError(
             f"{where}: its photo {photo} is missing; copy the scene whole, or download it again"

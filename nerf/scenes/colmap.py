@@ -24,8 +24,8 @@ from jaxtyping import Float
 
 from nerf.errors import SceneError
 from nerf.scenes.format import SceneFormat
-from nerf.scenes.llff import as_scene, photo_factor, shaping_settings
-from nerf.scenes.photos import fingerprint, read_bytes, read_photos
+from nerf.scenes.llff import HUGE, as_scene, photo_factor, shaping_settings
+from nerf.scenes.photos import fingerprint, inside, read_bytes, read_photos
 from nerf.scenes.scene import Scene
 from nerf.scenes.settings import SceneSettings
 
@@ -270,7 +270,8 @@ def _camera(name: str, width: int, height: int, parameters: list[float]) -> Mode
             "have; undistort photos and model together first: colmap image_undistorter "
             "--image_path images --input_path sparse/0 --output_path undistorted"
         )
-    if len(parameters) != PARAMETERS[name] or min(width, height) < 1:
+    plain = all(abs(value) < HUGE for value in parameters)  # nor NaN
+    if len(parameters) != PARAMETERS[name] or min(width, height) < 1 or not plain:
         raise ValueError(f"camera {name} of {width}×{height} with {len(parameters)} parameters")
     focals, centre = parameters[:-2], parameters[-2:]
     if min(focals) <= 0 or max(focals) > min(focals) * (1 + SQUARE):
@@ -288,9 +289,11 @@ def _camera(name: str, width: int, height: int, parameters: list[float]) -> Mode
 
 
 def _image(number: int, values: list[float], camera: int, name: str) -> ModelImage:
+    if len(values) != 7 or not all(abs(value) < HUGE for value in values):  # nor NaN
+        raise ValueError(f"image {name} has no pose")
     quaternion, translation = np.array(values[:4]), np.array(values[4:])
     length = float(np.linalg.norm(quaternion))
-    if len(values) != 7 or not np.isfinite(values).all() or length == 0:
+    if length == 0:
         raise ValueError(f"image {name} has no pose")
     w, x, y, z = quaternion / length
     rotation = np.array(
@@ -308,6 +311,8 @@ def _by_image(
 ) -> dict[int, Float[np.ndarray, "points 3"]]:
     seen: dict[int, list[list[float]]] = {}
     for position, images in points:
+        if not all(abs(value) < HUGE for value in position):  # nor NaN
+            raise ValueError(f"a point at {position}")
         for image in set(images):
             seen.setdefault(image, []).append(position)
     return {image: np.array(positions) for image, positions in seen.items()}
@@ -354,7 +359,7 @@ def _photos(folder: Path, model: Model, factor: int) -> tuple[list[Path], int]:
     source, shrink = (ready, 1) if ready.is_dir() else (folder / "images", factor)
     found = []
     for image in model.images:
-        exact = source / image.name
+        exact = inside(source, image.name, str(folder))
         there = [exact, *(exact.with_suffix(suffix) for suffix in _SUFFIXES)]
         path = next((p for p in there if p.is_file()), None)
         if path is None:

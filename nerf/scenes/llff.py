@@ -28,6 +28,9 @@ from nerf.scenes.settings import SceneSettings
 
 POSES_FILE = "poses_bounds.npy"
 
+HUGE = 1e30
+"""No number of a pose is so large, no depth below its inverse: products of them stay finite."""
+
 _COLUMNS = 17
 _USUAL_FACTOR = 8
 _NEAR_MARGIN = 0.9
@@ -155,14 +158,15 @@ def read_poses_bounds(
             f"{path} has shape {table.shape}; it must be (views, {_COLUMNS}): a 3×5 matrix and two "
             "depth bounds a view"
         )
-    bad = np.flatnonzero(~np.isfinite(table).all(axis=1)).tolist()
+    bad = np.flatnonzero(~(np.abs(table) < HUGE).all(axis=1)).tolist()
     if bad:
         raise SceneError(
-            f"{path} holds NaN or infinity in the rows of views {bad}; COLMAP failed to place "
-            "them: remove these views and their photos, or make the poses again"
+            f"{path} holds NaN, infinity or numbers beyond {HUGE:g} in the rows of views {bad}; "
+            "COLMAP failed to place them: remove these views and their photos, or make the poses "
+            "again"
         )
     matrices, bounds = table[:, :15].reshape(-1, 3, 5), table[:, 15:]
-    bad = np.flatnonzero((bounds[:, 0] <= 0) | (bounds[:, 1] <= bounds[:, 0])).tolist()
+    bad = np.flatnonzero((bounds[:, 0] <= 1 / HUGE) | (bounds[:, 1] <= bounds[:, 0])).tolist()
     if bad:
         raise SceneError(
             f"{path}: the depth bounds of views {bad} are {bounds[bad].tolist()}; each view needs "

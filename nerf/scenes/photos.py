@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
+import posixpath
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +16,7 @@ from PIL import Image
 from nerf.errors import SceneError
 
 FINGERPRINT_DIGITS = 16
+LONGEST_NAME = 250  # bytes, a suffix apart
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _EIGHT_BIT_MODES = ("L", "LA", "P", "RGB", "RGBA")
@@ -68,6 +71,30 @@ def read_photos(
                 "photos of a scene must have one size: remove or resize the odd one"
             )
     return np.stack(photos)
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The path of a file that a scene names, which must be in the scene's own folder.
+
+    Args:
+        folder: what the name is relative to.
+        name: as the scene gives it.
+        where: what gives it, for the message.
+
+    Raises:
+        SceneError: it leads elsewhere, or no file can have it.
+    """
+    path = PurePosixPath(posixpath.normpath(name))
+    try:
+        fits = all(len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts)
+    except UnicodeEncodeError:  # half a character
+        fits = False
+    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name or not fits:
+        raise SceneError(
+            f"{where}: {name!r:.200} cannot be the name of a photo; allowed are names of files "
+            f"below {folder}: move the photo there"
+        )
+    return folder / path
 
 
 def read_bytes(path: Path, what: str) -> bytes:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,10 +84,12 @@ def execute(
     Raises:
         ClusterError: the cluster cannot be reached or cannot give what the sweep asks for.
         SearchError: the database of a search cannot be used.
+        StoreError: the storage is away, also at the end; what was finished stays.
         KeyboardInterrupt: the user stopped it; what was finished stays.
     """
     audience = tuple(listeners)
     failures: list[Record] = []
+    unwritten: list[Record] = []
 
     def on_progress(training: Training, report: dict[str, Any]) -> None:
         for listener in audience:
@@ -97,7 +99,11 @@ def execute(
         record = _record_of(node, failure, store, origin)
         if record is not None and record.failure is not None:
             failures.append(record)
-            store.write_failure(record)
+            unwritten.append(record)
+            with suppress(StoreError):  # Tune must not hear of it; the end tries again
+                while unwritten:
+                    store.write_failure(unwritten[0])
+                    unwritten.pop(0)
         elif record is not None:
             store.clear_failure(record.key)
         for listener in audience:
@@ -125,6 +131,8 @@ def execute(
         finally:
             for feed in feeds:
                 feed.close()
+    for record in unwritten:
+        store.write_failure(record)
     for feed in feeds:
         if feed.error is not None:
             raise feed.error
@@ -197,9 +205,9 @@ def _record_of(node: Node, failure: Failure | None, store: Store, origin: Origin
             return None
         kind = "training" if isinstance(node, Training) else node.kind
         key = node.result if isinstance(node, Training) else node.key
-        if isinstance(node, Trial) and node.look is not None and not store.has("trial", key):
-            key = node.look.first_key
         try:
+            if isinstance(node, Trial) and node.look is not None and not store.has("trial", key):
+                key = node.look.first_key
             return store.read_record(kind, key)
         except StoreError as error:
             failure = Failure("write", str(error))

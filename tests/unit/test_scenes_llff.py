@@ -280,8 +280,9 @@ def with_value(row, column, value):
 
 
 DAMAGES |= {
-    "NaN pose": (with_value(3, 2, np.nan), r"NaN or infinity in the rows of views \[3\]"),
-    "infinite bound": (with_value(3, 16, np.inf), r"NaN or infinity in the rows of views \[3\]"),
+    "NaN pose": (with_value(3, 2, np.nan), r"1e\+30 in the rows of views \[3\]"),
+    "huge pose": (with_value(3, 2, -1e200), r"1e\+30 in the rows of views \[3\]"),
+    "infinite bound": (with_value(3, 16, np.inf), r"1e\+30 in the rows of views \[3\]"),
     "zero bound": (with_value(5, 15, 0.0), r"bounds of views \[5\] are \[\[0.0"),
     "negative bound": (with_value(5, 15, -2.0), r"bounds of views \[5\] are \[\[-2.0"),
     "far before near": (with_value(6, 16, 1.0), r"bounds of views \[6\].*0 < near < far"),
