@@ -32,7 +32,7 @@ SEARCH = {
     "sampler": "tpe",
     "calibration": {"views": 2, "rays": 16},
     "start": {"uniform": [0.0, 0.3, 0.6], "sizes": ["12kB"]},
-    "fidelity": {"rays": 32, "margin": 0.05},
+    "fidelity": {"rays": 32, "margin": 0.05, "audit": 2},
     "constraints": ["size_bytes <= dense"],
     "final": 3,
 }
@@ -94,11 +94,15 @@ def test_a_killed_search_goes_on_and_ends_whole(
     assert len(held_out) == len(searched) + len(grid)
     assert len(grid) == len(finished.results.trials) == 2
     assert all("validation_psnr" in r["metrics"] for r in searched)
-    assert len(records) == len(held_out) + 24
+    (summary,) = [json.loads(p.read_text()) for p in out.glob("searches/*.json")]
+    stopped = [t for t in summary["trials"] if t["stopped"] == "dominated"]
+    audited = set(summary["audit"]["records"])
+    assert len(audited) == min(2, len(stopped))
+    assert audited <= {t["key"] for t in stopped}
+    assert len(records) == len(held_out) + 24 + len(audited)
     assert "held-out views were rendered for the" in finished.report.html.read_text()
-    assert {r.key for r in finished.results.searched} == {r["key"] for r in records} - {
-        r.key for r in finished.results.trials
-    }
+    known = {r.key for r in (*finished.results.searched, *finished.results.trials)}
+    assert known == {r["key"] for r in records} - audited
 
     # Again: nothing is left to do.
     again = run(path)
