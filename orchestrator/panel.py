@@ -23,7 +23,7 @@ def panel(state: State) -> Group:
     head = Table.grid(padding=(0, 1))
     head.add_row(
         Text(f"{done}/{total}", style="bold"),
-        ProgressBar(total=max(total, 1), completed=done, width=40),
+        ProgressBar(total=max(total, 1), completed=done, width=30),
         _pace(state),
         Text(f"{state['running']} running") if state["running"] else "",
         Text(f"{failed} failed", style="red") if failed else "",
@@ -103,4 +103,4 @@ def _pace(state: State) -> str:
     text = f"{clock(state['elapsed_seconds'])} elapsed"
     if rate > 0:
         text += f", {rate:.0f} trials/min"
-    return text if left is None else f"{text}, about {clock(left)} left"
+    return f"{text}, about {clock(left)} left" if left else text

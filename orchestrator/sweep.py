@@ -17,6 +17,7 @@ from orchestrator.report import ReportData, ReportFiles, write_report
 from orchestrator.results import Record
 from orchestrator.scheduler import Outcome, execute
 from orchestrator.search.summary import searched
+from orchestrator.showcase import gallery_of
 from orchestrator.spec import Sweep, load, relocated
 from orchestrator.stages import Workbench
 from orchestrator.store import Held, Store
@@ -81,7 +82,8 @@ def run(
             raise KeyboardInterrupt
         data = report_data(results, store)
         report = write_report(data, report_folder(sweep, store))
-        tracking.front(data.front_keys, {"hypervolume": data.hypervolume or 0.0})
+        found = {"hypervolume": data.hypervolume or 0.0}
+        tracking.front(data.front_keys, found, gallery_of(data))
         tracking.report(report.html.parent)
         if outcome.interrupted:
             raise KeyboardInterrupt
@@ -212,6 +214,7 @@ def sweep_info(plan: Plan, origin: Origin) -> SweepInfo:
         hardware=describe_device(resolve_device("auto")),
         seed=sweep.train_seeds[0],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        description=sweep.description,
         planned={what: counts[what]["total"] for what in ("trainings", "calibrations", "trials")},
     )
 

@@ -99,8 +99,10 @@ def ui(options: argparse.Namespace) -> int:
         print(f"  sweep:   {found.sweep}")
         print(f"  charts:  {found.charts}")
         print(f"  table:   {found.table}")
+        if found.front:
+            print(f"  front:   {found.front}")
         if found.compare:
-            print(f"  front:   {found.compare}")
+            print(f"  compare: {found.compare}")
         print("Ctrl-C ends it.", flush=True)
         if process is not None:
             try:

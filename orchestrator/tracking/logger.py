@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from orchestrator.errors import TrackingError
 from orchestrator.results import Record
 from orchestrator.store import Store
+from orchestrator.tracking.gallery import Gallery
 from orchestrator.tracking.names import SweepInfo, progress_text, shown, tracking_uri
 
 if TYPE_CHECKING:  # MLflow takes two seconds to import: the thread does it
@@ -120,10 +121,20 @@ class TrackingLogger:
         with self._curves_lock:
             self._curves.setdefault(key, []).append(point)
 
-    def front(self, keys: Iterable[str], metrics: Mapping[str, float]) -> None:
-        """Mark the runs of the Pareto front; metrics of the whole sweep, such as hypervolume."""
+    def front(
+        self, keys: Iterable[str], metrics: Mapping[str, float], gallery: Gallery | None = None
+    ) -> None:
+        """Mark the runs of the Pareto front; metrics of the whole sweep, such as hypervolume.
+
+        Args:
+            keys: of the front's trials.
+            metrics: of the whole sweep.
+            gallery: pictures, tables and views of the sweep's own run.
+        """
         chosen = frozenset(keys)
         self._put("the front", lambda writer: writer.write_front(chosen, metrics))
+        if gallery is not None:
+            self._put("the gallery", lambda writer: writer.write_gallery(gallery))
 
     def report(self, folder: Path) -> None:
         """Keep the files of the report on the parent run."""

@@ -26,6 +26,8 @@ DIGEST = "prunefield.digest"
 TRAINING = "prunefield.training"
 TRAINING_RUN = "prunefield.training_run"
 FRONT = "prunefield.front"
+SHOWN = "prunefield.shown"
+GALLERY = "prunefield.gallery"
 PROGRESS = "prunefield.progress"
 COMMIT = "prunefield.commit"
 SEED = "prunefield.seed"
@@ -52,6 +54,7 @@ class SweepInfo:
         seed: the sweep's seed.
         created: UTC time, ISO 8601.
         planned: how many trainings, calibrations and trials were planned.
+        description: a sentence of the sweep file.
     """
 
     name: str
@@ -62,6 +65,7 @@ class SweepInfo:
     seed: int | None
     created: str
     planned: Mapping[str, int] = field(default_factory=dict)
+    description: str = ""
 
 
 def default_uri(store: Store) -> str:
@@ -121,10 +125,52 @@ def sweep_tags(info: SweepInfo) -> dict[str, str]:
             SEED: info.seed,
             "prunefield.created": info.created,
             "prunefield.planned": planned or None,
-            NOTE: f"Sweep **{info.name}**: each child run is one training or one pruning trial. "
-            "Select the trials and press *Compare* for parallel coordinates, scatter and contour "
-            "plots; the report is among the artifacts.",
+            NOTE: sweep_note(info),
         }
+    )
+
+
+def sweep_note(info: SweepInfo) -> str:
+    """What a visitor sees on a sweep's run, in Markdown."""
+    return f"""Sweep **{info.name}**{": " + info.description if info.description else ""}
+
+A neural radiance field was trained, then pruned in many ways; each child run is one training
+(dense model) or one pruning (trial), evaluated on held-out views.
+
+- **Artifacts → report/report.html**: the interactive report (download it; it opens offline), plots,
+  CSV and JSON. `front.json` and `trials.json` are tables. `sweep.yaml` is the sweep itself.
+- **Images** (Model metrics, or Artifacts → images): `front/…` walks from the dense model (0) along
+  the Pareto front by percent of the bytes that are gone; the other grids walk through one method's
+  ratios of channels removed, in percent.
+- **Metrics**: `psnr`, `ssim`, `mse` are means over whole held-out views, `size_bytes` is the model
+  file on disk, `validation_psnr` was measured on pixels of training views that nobody trained on.
+- **Front**: child runs with `tags.prunefield.front = 'true'`. `prunefield ui` prints addresses that
+  open MLflow's charts and compare page on them.
+"""
+
+
+def record_note(record: Record) -> str:
+    """What a visitor sees on the run of a training or a trial, in Markdown."""
+    if record.failure is not None:
+        return f"Failed in **{record.failure.stage}**: {record.failure.reason}"
+    metrics = summary_metrics(record)
+    dense = record.kind == "training"
+    what = (
+        "The dense model of the sweep."
+        if dense
+        else f"Pruned by **{method_of(record.config)}** ({record.config.get('networks', '?')})."
+        if record.kind == "trial"
+        else "A control: trained beside the recoveries, for comparison."
+    )
+    if {"psnr", "size_bytes"} <= metrics.keys():
+        size = show_bytes(int(metrics["size_bytes"]))
+        what += f" **{metrics['psnr']:.2f} dB** on held-out views from a file of **{size}**."
+    elif "validation_psnr" in metrics:
+        what += f" {metrics['validation_psnr']:.2f} dB on validation rays; no held-out view seen."
+    return (
+        f"{what}\n\n`render/view_N` is held-out view N; the slider's step is the percentage of "
+        "channels removed (0: dense). `view_psnr` has the number of the view as its step. The "
+        "model file is the logged model."
     )
 
 
@@ -139,6 +185,7 @@ def record_tags(record: Record, info: SweepInfo, parent: str) -> dict[str, str]:
             "prunefield.host": record.provenance.host,
             SEED: seed,
             FRONT: "false" if record.kind == "trial" else None,
+            NOTE: record_note(record),
             FAILED_STAGE: record.failure.stage if record.failure else None,
             FAILED_REASON: record.failure.reason if record.failure else None,
         }

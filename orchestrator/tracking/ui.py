@@ -13,15 +13,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.errors import TrackingError
 from orchestrator.tracking import names
+from orchestrator.tracking.gallery import SHARED_VIEW, view_key
 
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 MAX_COMPARED = 100
+CHARTS = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Links:
         sweep: the parent run: description, system metrics, report.
         charts: charts and image grids of the dense models and all trials, best PSNR first.
         table: the same runs as a table.
+        front: charts and image grids of the front and the dense models alone; None as `compare`.
         compare: parallel coordinates, scatter and contour plots of the front's runs; None when no
             run is marked as the front.
     """
@@ -40,6 +43,7 @@ class Links:
     charts: str
     table: str
     compare: str | None
+    front: str | None = None
 
 
 def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
@@ -133,12 +137,23 @@ def links(address: str, uri: str, experiment: str, sweep_hash: str) -> Links:
         f"{where}'trial' AND tags.`{names.FRONT}` = 'true'",
         max_results=MAX_COMPARED,
     )
-    return build_links(
+    made = build_links(
         address,
         str(found.experiment_id),
         parents[0].info.run_id,
         [run.info.run_id for run in front],
     )
+    shared = {
+        which: view_key(sweep_hash, which)
+        for which in ("front", "all")
+        if SHARED_VIEW + view_key(sweep_hash, which) in found.tags
+    }
+    base = f"{address}/#/experiments/{found.experiment_id}/runs"
+    pages = {
+        which: f"{base}?{_query({**CHARTS, 'viewStateShareKey': key})}"
+        for which, key in shared.items()
+    }
+    return replace(made, charts=pages.get("all", made.charts), front=pages.get("front"))
 
 
 def build_links(address: str, experiment_id: str, parent: str, front: Iterable[str]) -> Links:

@@ -12,6 +12,7 @@ Nothing here is thread-safe or catches errors: `TrackingLogger` calls it from on
 and gives up.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +27,14 @@ import PIL.Image
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from orchestrator.keys import content_key
 from orchestrator.results import Record
 from orchestrator.store import Store
 from orchestrator.tracking import names
+from orchestrator.tracking.gallery import TABLES, Gallery, views
 from orchestrator.tracking.stores import open_client, quiet
 
 MAX_METRICS = 1000
@@ -305,10 +309,13 @@ class RunWriter:
         step = names.image_step(record)
         renders = self.store.folder(record.kind, record.key) / "renders"
         for path in sorted(renders.glob("view_*.png")):
-            with PIL.Image.open(path) as image:
-                # `log_image` saves what it is given: have it copy the PNG, not compress it again.
-                image.save = partial(_copy, path)  # type: ignore[method-assign]
-                self.client.log_image(run_id, image, key=f"render/{path.stem}", step=step)
+            self._log_picture(run_id, path, f"render/{path.stem}", step)
+
+    def _log_picture(self, run_id: str, path: Path, key: str, step: int) -> None:
+        with PIL.Image.open(path) as image:
+            # `log_image` saves what it is given: have it copy the PNG, not compress it again.
+            image.save = partial(_copy, path)  # type: ignore[method-assign]
+            self.client.log_image(run_id, image, key=key, step=step)
 
     def _link_trials(self, training: str, run_id: str) -> None:
         for trial, child in self.children.items():
@@ -379,13 +386,39 @@ class RunWriter:
         """Tag the runs of the front, so that the UI can filter them; metrics of the sweep."""
         for key, child in self.children.items():
             value = "true" if key in keys else "false"
-            is_trial = child.tags.get(names.KIND) == "trial"
-            if is_trial and child.tags.get(names.FRONT, "false") != value:
+            kind = child.tags.get(names.KIND)
+            if kind == "trial" and child.tags.get(names.FRONT, "false") != value:
                 self._tag(key, {names.FRONT: value})
+            shown = "front" if key in keys or kind == "training" else "rest"
+            if child.tags.get(names.SHOWN, "rest") != shown:
+                self._tag(key, {names.SHOWN: shown})
         self.client.log_batch(
             self.parent,
             metrics=[Metric(name, float(v), _now(), 0) for name, v in metrics.items()],
         )
+
+    def write_gallery(self, gallery: Gallery) -> None:
+        """The pictures, tables and views of the sweep's own run; what is there already stays."""
+        for name, columns in (gallery.tables or {}).items():
+            rows = [list(row) for row in zip(*columns.values(), strict=True)]
+            self.client.log_dict(self.parent, {"columns": list(columns), "data": rows}, name)
+        tables = [{"path": name, "type": "table"} for name in gallery.tables or {}]
+        self.client.log_batch(self.parent, tags=[RunTag(TABLES, json.dumps(tables))])
+        for key, value in views(self.parent, self.info.hash, gallery).items():
+            if len(value) <= names.MAX_TAG:
+                self.client.set_experiment_tag(self.experiment_id, key, value)
+        shown = [(i.key, i.step, i.path.parents[1].name) for i in gallery.images]
+        digest = content_key({"images": shown})
+        run = self.client.get_run(self.parent)
+        if run.data.tags.get(names.GALLERY) == digest:
+            return
+        if names.GALLERY in run.data.tags:
+            get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri).delete_artifacts(
+                "images"
+            )
+        for image in gallery.images:
+            self._log_picture(self.parent, image.path, image.key, image.step)
+        self.client.log_batch(self.parent, tags=[RunTag(names.GALLERY, digest)])
 
     def write_progress(self, text: str) -> None:
         """Leave word of how the sweep stands."""

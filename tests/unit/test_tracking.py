@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +18,14 @@ from rich.console import Console
 from orchestrator.cli import main
 from orchestrator.errors import TrackingError
 from orchestrator.progress import Progress
+from orchestrator.report import ReportData
 from orchestrator.results import Failure, Record
+from orchestrator.showcase import gallery_of
 from orchestrator.store import Store
 from orchestrator.tracking import SweepInfo, TrackingLogger, default_uri, links, names
 from orchestrator.tracking.ui import build_links
 from orchestrator.tracking.writer import RunWriter
-from tests.unit.record_builder import SYNTHETIC, save, training_record, trial_record
+from tests.unit.record_builder import DENSE_BYTES, SYNTHETIC, save, training_record, trial_record
 
 INFO = SweepInfo(
     name="synthetic",
@@ -437,3 +440,53 @@ def test_links_name_the_sweep_and_the_runs_of_its_front(
     assert run.info.run_id in (found.compare or "")
     with pytest.raises(TrackingError, match="run the sweep first"):
         links("http://127.0.0.1:5", default_uri(store), "tests", "0" * 16)
+
+
+def test_the_sweeps_run_carries_pictures_tables_and_views_of_the_front(store: Store) -> None:
+    dense = save(store, training_record())
+    trials = [save(store, trial_record(dense, ratio)) for ratio in (0.3, 0.5, 0.7)]
+    other = save(store, trial_record(dense, 0.5, "random"))
+    data = ReportData(INFO.name, INFO.hash, (dense,), (*trials, other), store)
+
+    def log(front: list[str]) -> None:
+        with tracking(store) as logger:
+            for record in (dense, *trials, other):
+                logger.record(record)
+            shown = replace(data, trials=tuple(t for t in data.trials if t.key in front))
+            logger.front(front, {"hypervolume": 1.0}, gallery_of(shown))
+        assert logger.unlogged == ()
+
+    def pictures() -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for name in seen.files(parent, "images"):
+            key, _, step = Path(name).name.split("+")[:3]
+            if name.endswith(".png"):
+                found.setdefault(key.replace("~", "/"), []).append(int(step))
+        return {key: sorted(steps) for key, steps in found.items()}
+
+    log([t.key for t in trials])
+    seen = Seen(store)
+    (parent,) = seen.of("sweep")
+    sizes = [round(100 * (1 - t.metrics["size_bytes"] / DENSE_BYTES)) for t in trials]
+    once = {"front/view_0": [0, *sizes], "activation both/view_0": [0, 30, 50, 70]}
+    assert pictures() == once
+    file = seen.client.download_artifacts(parent.info.run_id, "front.json")
+    table = json.loads(Path(file).read_text())
+    assert [row[table["columns"].index("id")] for row in table["data"]] == [
+        dense.key,
+        *(t.key for t in trials),
+    ]
+    experiment = seen.client.get_experiment(seen.experiment_id)
+    found = links("http://127.0.0.1:5", default_uri(store), "tests", INFO.hash)
+    assert found.front is not None
+    shared = re.search(r"viewStateShareKey=([\w-]+)", found.front)
+    assert shared is not None
+    state = json.loads(experiment.tags[f"mlflow.sharedViewState.{shared[1]}"])
+    chosen = seen.client.search_runs([seen.experiment_id], state["searchFilter"])
+    assert {r.data.tags[names.KEY] for r in chosen} == {dense.key, *(t.key for t in trials)}
+    assert state["runsHiddenMode"] == "SHOW_ALL"
+
+    log([t.key for t in trials])  # the same again
+    assert pictures() == once
+    log([t.key for t in trials[:2]])  # another front: the old pictures are gone
+    assert pictures() == {"front/view_0": [0, *sizes[:2]], "activation both/view_0": [0, 30, 50]}
