@@ -15,8 +15,9 @@ from nerf.field import NerfModel
 from nerf.packing import Packed
 from orchestrator.bridge import field_of, network_of
 from orchestrator.errors import OrchestratorError
-from orchestrator.modelfile import AUTO, AUTO_SCHEMES, Bits, Samples, packed
+from orchestrator.modelfile import AUTO, AUTO_SCHEMES, RATE, Bits, Samples, packed
 from orchestrator.plan import TrialConfig
+from orchestrator.ratefit import PRICE, fit_rate
 from pruning import (
     BUDGETED,
     SCHEMES,
@@ -56,7 +57,7 @@ FULL = 0.995
 STEP_BACK = 0.002
 """A file that is too large gives way by at least so much of its size."""
 
-COARSE_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)
+COARSE_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """What `coarse_weight: auto` chooses from."""
 
 USUAL_WEIGHT = 0.1
@@ -413,6 +414,8 @@ def _fit(
         raise ValueError("a pruning by ratios has no size to keep to")
     fields = dense.networks()
     networks = {name: network_of(fields[name], "all") for name in scope_of(config.networks)}
+    if config.bits == RATE:
+        return _fit_by_rate(dense, networks, config, material, info)
     whole = with_fields(dense, config.networks, {})
     attempt, fixed = _attempts(networks, whole, config, material, info)
     best: Fitted | None = None
@@ -446,6 +449,47 @@ def _fit(
     if best is None:
         raise BudgetError(f"the file has {size:,} bytes where {config.size:,} are allowed")
     return best
+
+
+def _fit_by_rate(
+    dense: NerfModel,
+    networks: Mapping[str, Network],
+    config: TrialConfig,
+    material: Material,
+    info: Mapping[str, Any],
+) -> Fitted:
+    """Remove channels where the size leaves too few bits a weight, and round the rest to fit."""
+    statistics, omega = material.statistics or {}, _omega(config)
+    ranking = _ranking(networks, config, material)
+    size = budget = config.size or 0
+    while True:
+        pruned = shrink(
+            networks,
+            statistics,
+            Budget(budget, PRICE),
+            criterion=config.criterion,
+            allocation=config.schedule,
+            compensation=config.compensation,
+            error_weights=omega,
+            ranking=ranking,
+            batches=material.batches(networks),
+        )
+
+        def assemble(
+            found: Mapping[str, Network], pruned: Mapping[str, Pruned] = pruned
+        ) -> NerfModel:
+            parts = {name: replace(pruned[name], network=of) for name, of in found.items()}
+            return with_fields(dense, config.networks, parts)
+
+        try:
+            fitted = fit_rate(
+                networks, pruned, statistics, material.samples, omega, size, assemble, info
+            )
+        except BudgetError:
+            # Too many biases, scales and tables for so small a file: fewer channels.
+            budget = budget * 3 // 4
+            continue
+        return Fitted(fitted.size, fitted.model, fitted.few, pruned)
 
 
 def _attempts(
@@ -521,7 +565,7 @@ def price_in_files(whole: NerfModel, bits: str, info: Mapping[str, Any]) -> tupl
 
     Its rounding is the plain one of so many bits: what it looks at costs time and saves no bytes.
     """
-    bits = "int8" if bits == AUTO else bits
+    bits = "int8" if bits in (AUTO, RATE) else bits
     price, scheme = price_of(bits), SCHEMES[bits].stored_as
     if scheme == "fp32":
         return price, model_size(whole, info)

@@ -20,6 +20,9 @@ from pruning import (
 AUTO = "auto"
 """Bits a layer, chosen together with the widths."""
 
+RATE = "rate"
+"""One step for all weights, sought until the file has its size."""
+
 AUTO_SCHEMES = tuple(f"gptq{bits}" for bits in range(2, 9))
 """What `auto` chooses from."""
 
@@ -34,7 +37,7 @@ Bits = str | Mapping[str, Mapping[str, str]]
 
 def looks_at_samples(bits: str) -> bool:
     """Whether rounding looks at what the pruned network computes on calibration samples."""
-    return bits == AUTO or SCHEMES[bits].needs_statistics
+    return bits in (AUTO, RATE) or SCHEMES[bits].needs_statistics
 
 
 def packed(
@@ -60,7 +63,7 @@ def packed(
         schemes = dict.fromkeys(network.weights, wanted) if isinstance(wanted, str) else wanted
         statistics = None
         if any(SCHEMES[scheme].needs_statistics for scheme in schemes.values()):
-            statistics = _seen(network, name, wanted, samples)
+            statistics = seen(network, name, wanted, samples)
         arrays = quantize(network, schemes, statistics).tensors()
         stored = [SCHEMES[schemes[spec.name]].stored_as for spec in of.shape.layers()]
         if sparse:
@@ -70,7 +73,7 @@ def packed(
     return few
 
 
-def _seen(
+def seen(
     network: Network, name: str, wanted: str | Mapping[str, str], samples: Samples | None
 ) -> Statistics:
     """What the layers of a pruned network read."""

@@ -17,7 +17,7 @@ from nerf.training import Recipe
 from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
-from orchestrator.modelfile import looks_at_samples
+from orchestrator.modelfile import RATE, looks_at_samples
 from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import (
@@ -161,17 +161,20 @@ def _needs_of(
     masks: bool,
     to_size: bool,
     by_layer: bool,
+    by_rate: bool,
 ) -> Needs:
     """What the statistics of a pruning must hold; a sweep asks for few, and many times."""
     if masks:
         return Needs(SPARSE[criterion].moments)
     gradients = {*gradients_for([criterion])}
-    if errors == "pixel":
+    if errors == "pixel" or by_rate:
         gradients.add("curvature")
     if to_size:
         moments = moments_for_budget(criterion, schedule, compensation)
     else:
         moments = moments_for([criterion], [compensation])
+    if by_rate:
+        moments = (*moments, "gram")
     prunable: Prunable = "all" if to_size or by_layer else "trunk"
     return Needs(tuple(sorted({*moments, *gradients})), prunable)
 
@@ -230,6 +233,7 @@ class TrialConfig:
             self.mask is not None,
             self.size is not None,
             bool(self.layers),
+            self.bits == RATE,
         )
 
     @property

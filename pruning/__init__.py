@@ -40,6 +40,7 @@ from pruning.moments import GRADIENT_MOMENTS, MOMENTS, Moment, Seen
 from pruning.network import Layer, LayerGraph, Network
 from pruning.pipeline import Pruned, Ranking, cut, moments_for_budget, prune, rank, shrink
 from pruning.quantization import SCHEMES, Quantized, Scheme, balance, price_of, quantize
+from pruning.rate import RateNetwork, coded_bytes
 from pruning.scores import (
     CRITERIA,
     Criterion,
@@ -50,7 +51,7 @@ from pruning.scores import (
     score,
 )
 from pruning.selection import keep_mask, removed_count, select
-from pruning.simplify import merge_linear
+from pruning.simplify import merge_linear, narrow_linear
 from pruning.size import bytes_of, mebibytes, nonzero_parameters
 from pruning.sizing import BUDGETED, Sizing, cost_of, top, widths_within
 from pruning.sparsity import SPARSE, Sparsified, sparsify, stored_bits
@@ -90,6 +91,7 @@ __all__ = [
     "PruningError",
     "Quantized",
     "Ranking",
+    "RateNetwork",
     "RatioError",
     "Scheme",
     "ScoredLayer",
@@ -106,6 +108,7 @@ __all__ = [
     "check_ratio",
     "check_ratios",
     "choices",
+    "coded_bytes",
     "collect",
     "collect_gradients",
     "compensate",
@@ -123,6 +126,7 @@ __all__ = [
     "merge_linear",
     "moments_for",
     "moments_for_budget",
+    "narrow_linear",
     "needs_gradients",
     "nonzero_parameters",
     "price_of",

@@ -402,7 +402,7 @@ def _gptq(
     mean = gram[:-1, -1]
     H = damped(gram, DAMPING)[:-1, :-1] - torch.outer(mean, mean)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    upper = _upper(inverse(H[order][:, order]))
+    upper = upper_factor(inverse(H[order][:, order]))
     left = W[:, order].clone()
     codes = torch.zeros_like(left, dtype=torch.uint8)
     for i in range(left.shape[1]):
@@ -415,7 +415,7 @@ def _gptq(
     return unordered
 
 
-def _upper(inverse_gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def upper_factor(inverse_gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """U with UᵀU = H⁻¹; a little is added to the diagonal where rounding has made it indefinite."""
     ridge, n = 0.0, len(inverse_gram)
     scale = float(inverse_gram.diagonal().mean())

@@ -20,6 +20,7 @@ from pruning.calibration import Statistics
 from pruning.compensation import COMPENSATIONS
 from pruning.elimination import elimination_paths
 from pruning.errors import PruningError, StatisticsError
+from pruning.lasso import opening_penalties
 from pruning.network import Network
 from pruning.registry import lookup
 from pruning.solving import input_gram
@@ -157,12 +158,7 @@ def thinet(layer: ScoredLayer) -> Float[Tensor, " channels"]:
 
     Source: Luo et al. 2017 (ThiNet), equation 6 and algorithm 1.
     """
-    Q = torch.zeros(layer.channels, layer.channels, dtype=torch.float64)
-    for reader in layer.network.graph.readers(layer.name):
-        part = layer.network.input_slices(reader)[layer.name]
-        W = layer.network.weights[reader.name][:, part].double()
-        H = input_gram(layer.network, reader, layer.statistics)[part, part]
-        Q += ((W.T @ W) * H).cpu()
+    Q = contributions(layer)
     added, ranks = Q.diagonal().clone(), torch.empty(layer.channels, dtype=torch.float64)
     for rank in range(layer.channels):
         j = int(added.argmin())
@@ -170,6 +166,38 @@ def thinet(layer: ScoredLayer) -> Float[Tensor, " channels"]:
         added += 2 * Q[:, j]
         added[j] = torch.inf
     return ranks
+
+
+def contributions(layer: ScoredLayer) -> Float[Tensor, "channels channels"]:
+    """Q = (VᵀV) ∘ E[a aᵀ]: E[(V_:,i a_i)ᵀ (V_:,j a_j)], what channels add to the next layers.
+
+    Raises:
+        StatisticsError: the moment "gram" was not collected.
+    """
+    Q = torch.zeros(layer.channels, layer.channels, dtype=torch.float64)
+    for reader in layer.network.graph.readers(layer.name):
+        part = layer.network.input_slices(reader)[layer.name]
+        W = layer.network.weights[reader.name][:, part].double()
+        H = input_gram(layer.network, reader, layer.statistics)[part, part]
+        Q += ((W.T @ W) * H).cpu()
+    return Q
+
+
+def lasso(layer: ScoredLayer) -> Float[Tensor, " channels"]:
+    """The strongest penalty λ under which the channel's gate stays open.
+
+    Each channel gets a gate β_j, and what the next layers read of the layer is to stay the same:
+
+        minimise over β   ½ E‖Σ_j (1 − β_j) V_:,j a_j‖² + λ ‖β‖₁
+
+    λ falls until as many gates are open as channels stay. A gate that opens, shuts and opens again
+    counts from the last time, so that what a larger ratio keeps a smaller one keeps too. One that
+    never opens (a dead channel) scores 0.
+
+    Source: He et al. 2017, equation 2, solved for all λ by following its path (see
+    `pruning.lasso`); they search λ for one number of channels.
+    """
+    return opening_penalties(contributions(layer))
 
 
 def obs(layer: ScoredLayer) -> Float[Tensor, " channels"]:
@@ -267,6 +295,7 @@ CRITERIA: dict[str, Criterion] = {
     "activation": Criterion(activation, moments=("mean",)),
     "fisher": Criterion(fisher, moments=("square",), gradients=("fisher",)),
     "fluctuation": Criterion(fluctuation, moments=("mean", "square")),
+    "lasso": Criterion(lasso, moments=("gram",)),
     "magnitude": Criterion(magnitude),
     "magnitude_l1": Criterion(magnitude_l1),
     "obs": Criterion(obs, moments=("gram",)),

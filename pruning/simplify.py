@@ -47,6 +47,40 @@ def merge_linear(network: Network, layers: Collection[str] | None = None) -> Net
     return network
 
 
+def narrow_linear(network: Network) -> Network:
+    """Take layers that no ReLU follows down to the width of the one layer that reads them.
+
+    W_r [W_f x + b_f] = I [(W_r W_f) x + W_r b_f]: f gets as many channels as r has, and r reads
+    them through the identity. The graph stays. In the original NeRF the feature layer falls from
+    256 to 128 channels: 49,152 of 595,844 parameters fewer, and 16,384 of the others nearly free
+    where weights are coded.
+
+    Args:
+        network: its outputs stay the same up to rounding; it is not changed.
+
+    Returns:
+        A network in the dense one's precision (products in float64); a layer that would not get
+        narrower stays as it is.
+    """
+    weights, biases = dict(network.weights), dict(network.biases)
+    for f in network.graph.layers:
+        readers = list(network.graph.readers(f.name))
+        if f.relu or len(readers) != 1:
+            continue
+        r, W = readers[0], weights[readers[0].name]
+        columns = network.input_slices(r)[f.name]
+        if len(W) >= len(biases[f.name]):
+            continue
+        through = W[:, columns].double()
+        like = weights[f.name]
+        weights[f.name] = (through @ like.double()).to(like.dtype)
+        biases[f.name] = (through @ biases[f.name].double()).to(like.dtype)
+        eye = torch.eye(len(W), dtype=W.dtype, device=W.device)
+        weights[r.name] = torch.cat((W[:, : columns.start], eye, W[:, columns.stop :]), dim=1)
+        network = Network(network.graph, weights, biases)
+    return network
+
+
 def _mergeable(network: Network, name: str) -> bool:
     return not network.graph[name].relu and any(network.graph.readers(name))
 

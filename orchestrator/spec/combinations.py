@@ -5,6 +5,9 @@ from typing import Any
 
 from pruning import BUDGETED, CRITERIA, SCHEMES, SPARSE
 
+CHOSEN = {"auto": "int2 to int8", "rate": "int8"}
+"""Bits that a size is turned into, and what the file stores then."""
+
 TARGETS = ("ratios", "sizes", "masks")
 
 
@@ -47,6 +50,8 @@ def _with_ratios(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "bits",
             "`auto` shares a size out among widths and bits; it goes with `sizes`",
         )
+    if "rate" in _names(grid, "bits", "fp32"):
+        yield "bits", "`rate` makes steps so fine that a file has its size; it goes with `sizes`"
     yield from _of_channels(grid, "activation")
     if "pixel" in _names(grid, "errors", "layer") and "obs" not in _names(
         grid, "criteria", "activation"
@@ -69,6 +74,10 @@ def _with_sizes(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "chain"
     }:
         yield "bits", "`auto` chooses widths and bits together along the chain: allocation `chain`"
+    if "rate" in _names(grid, "bits", "fp32") and {"coarse", "fine"} & {
+        *_names(grid, "networks", "both")
+    }:
+        yield "bits", "`rate` rounds all networks of a file: networks `both` or `shared`"
     yield from _of_channels(grid, "obs")
     criteria = _names(grid, "criteria", "obs")
     for name in _names(grid, "allocations", "chain"):
@@ -96,7 +105,7 @@ def _with_masks(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{name!r} scores channels; single weights are scored by {', '.join(SPARSE)}",
             )
     for name in _names(grid, "bits", "fp32"):
-        if name == "auto" or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
+        if name in CHOSEN or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
             yield (
                 "bits",
                 f"{name!r} would move the zeros of a mask; fp32, fp16, bf16 and int2 to int8 keep "
@@ -142,8 +151,8 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name in _names(grid, "bits", "fp32"):
         if squeezed and name in SCHEMES and not name.startswith("int"):
             yield "recover.squeeze", f"only int2 to int8 can be squeezed, not {name!r}"
-        if name == "auto" or (name in SCHEMES and SCHEMES[name].needs_statistics):
-            alike = "int2 to int8" if name == "auto" else SCHEMES[name].stored_as
+        if name in CHOSEN or (name in SCHEMES and SCHEMES[name].needs_statistics):
+            alike = CHOSEN[name] if name in CHOSEN else SCHEMES[name].stored_as
             yield (
                 "bits",
                 f"{name!r} looks at data to round well, and a recovery trains the rounded weights "

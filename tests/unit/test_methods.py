@@ -185,6 +185,18 @@ def record_of(trial: Trial) -> Record:
             "prune[0].bits",
             "trains the rounded weights",
         ),
+        ({"ratios": 0.5, "bits": "rate"}, "prune[0].bits", "it goes with `sizes`"),
+        ({"masks": 0.5, "bits": "rate"}, "prune[0].bits", "move the zeros"),
+        (
+            {"sizes": 9000, "bits": "rate", "networks": "fine"},
+            "prune[0].bits",
+            "all networks of a file",
+        ),
+        (
+            {"sizes": 9000, "bits": "rate", "recover": {"iterations": 5}},
+            "prune[0].bits",
+            "'int8' is stored alike",
+        ),
         ({"sizes": 9000, "coarse_weight": "best"}, "prune[0].coarse_weight", "`auto`"),
         ({"sizes": 9000, "coarse_weight": 0}, "prune[0].coarse_weight", "above 0"),
         ({"ratios": 0.5, "errors": "pixel"}, "prune[0].errors", "criterion `obs`"),
@@ -521,6 +533,8 @@ GRIDS: list[dict[str, Any]] = [
     {"ratios": 0.3, "bits": ["gptq4", "awq4"], **DEMO},
     {"sizes": 4500, "bits": ["gptq5", "auto"], "networks": "shared", **DEMO},
     {"sizes": 7000, "bits": "int8", "coarse_weight": "auto", **DEMO},
+    {"sizes": [4500, 3500], "bits": "rate", "networks": ["both", "shared"], **DEMO},
+    {"ratios": 0.5, "criteria": "lasso", "compensation": "least_squares", **DEMO},
     {"sizes": 15_000, "criteria": "sensitivity", "allocations": "pfp", **DEMO},
     {"sizes": 15_000, "criteria": "activation", "allocations": "aap", **DEMO},
     {"sizes": 15_000, "errors": "pixel", **DEMO},
@@ -589,6 +603,22 @@ def test_bits_are_chosen_layer_by_layer(done: Done) -> None:
     (schemes,) = metadata["schemes"].values()  # type: ignore[attr-defined]
     assert len(schemes) == 7
     assert len(set(schemes)) > 1
+
+
+def test_one_step_makes_files_of_their_sizes(done: Done) -> None:
+    bench, plan, store = done
+    trials = [t for t in plan.trials if t.config.bits == "rate"]
+    assert len(trials) == 4
+    for trial in trials:
+        _, metadata = read_tensors(store.folder("trial", trial.key) / MODEL)
+        assert {*metadata["schemes"].values()} == {"int8"}  # type: ignore[attr-defined]
+        # The layer between trunk and view branch is as narrow as what reads it.
+        model, _ = load_model(store.folder("trial", trial.key) / MODEL)
+        assert all(field.shape.feature <= field.shape.view for field in model.networks().values())
+    config = trials[0].config
+    hopeless = replace(trials[0], key="0" * 16, config=replace(config, size=700))
+    with pytest.raises(BudgetError, match="one channel a layer"):
+        bench.prune(hopeless, Stopwatch())
 
 
 def test_the_coarse_weight_is_chosen_on_validation_rays(done: Done) -> None:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning import PruningError, merge_linear, remove
+from pruning import PruningError, merge_linear, narrow_linear, remove
 from tests.pruning_networks import (
     NERF_WIDTHS,
     draw_network,
@@ -58,3 +58,24 @@ def test_layers_that_cannot_be_merged_are_named() -> None:
     for name in ("trunk.3", "rgb"):
         with pytest.raises(PruningError, match=rf"'{name}' cannot be merged.*\['feature'\]"):
             merge_linear(NERF, [name])
+
+
+def test_the_original_nerfs_feature_layer_gets_as_narrow_as_its_reader() -> None:
+    narrow = narrow_linear(NERF)
+    assert NERF.parameters() - narrow.parameters() == 2 * 128 * 128 + 128 * 128 + 128
+    assert narrow.graph == NERF.graph
+    torch.testing.assert_close(narrow.weights["view"][:, :128], torch.eye(128).double())
+    inputs = random_inputs(NERF, 5, seed=1)
+    for head, values in heads(NERF, inputs).items():
+        torch.testing.assert_close(heads(narrow, inputs)[head], values, rtol=1e-10, atol=1e-10)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_any_narrowed_graph_computes_the_same(data: st.DataObject) -> None:
+    network = draw_network(data)
+    narrow = narrow_linear(network)
+    assert narrow.parameters() <= network.parameters()
+    inputs = random_inputs(network, 6, seed=0)
+    for head, values in heads(network, inputs).items():
+        torch.testing.assert_close(heads(narrow, inputs)[head], values, rtol=1e-8, atol=1e-8)
