@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from orchestrator.errors import TrackingError
 from orchestrator.tracking import names
-from orchestrator.tracking.stores import open_client
+from orchestrator.tracking.stores import open_client, quiet
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,28 @@ def register(
     model = models[0]
     alias = re.sub(r"[^A-Za-z0-9_-]", "-", sweep)
     try:
-        for file in files:
-            client.log_model_artifact(model.model_id, str(file))
-        if not client.search_registered_models(f"name = '{experiment}'"):
-            client.create_registered_model(
-                experiment, description="Models that prunefield pruned; one alias a sweep."
+        with quiet():
+            for file in files:
+                client.log_model_artifact(model.model_id, str(file))
+            if not client.search_registered_models(f"name = '{experiment}'"):
+                client.create_registered_model(
+                    experiment, description="Models that prunefield pruned; one alias a sweep."
+                )
+            versions = client.search_model_versions(f"name = '{experiment}'")
+            same = [v for v in versions if v.tags.get(names.KEY) == key]
+            version = (
+                same[0]
+                if same
+                else client.create_model_version(
+                    experiment,
+                    source=model.artifact_location,
+                    run_id=model.source_run_id,
+                    tags={names.KEY: key},
+                    description=sentence,
+                    model_id=model.model_id,
+                )
             )
-        versions = client.search_model_versions(f"name = '{experiment}'")
-        same = [v for v in versions if v.tags.get(names.KEY) == key]
-        version = (
-            same[0]
-            if same
-            else client.create_model_version(
-                experiment,
-                source=model.artifact_location,
-                run_id=model.source_run_id,
-                tags={names.KEY: key},
-                description=sentence,
-                model_id=model.model_id,
-            )
-        )
-        client.set_registered_model_alias(experiment, alias, version.version)
+            client.set_registered_model_alias(experiment, alias, version.version)
     except MlflowException as error:
         raise TrackingError(f"the model registry refused {key}: {error}") from error
     return Registered(experiment, str(version.version), alias)
