@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     # Ray's workers find the same code.
-    paths = (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH"))
+    paths = (sys.path[0], os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     seed = int(time.time()) % 1_000_000 if options.seed is None else options.seed
     ratios = ratios_of(-(-options.trials // len(CRITERIA)), (seed % 991) / 991)

@@ -1,6 +1,6 @@
 """How long pruning takes on two networks of the original NeRF's shape, with random weights.
 
-Usage: ``python -m benchmarks.pruning [cpu|cuda] [views] [rays]``
+Usage: ``python -m benchmarks.pruning_cost [cpu|cuda] [views] [rays]``
 
 Prints a table of seconds (the second of two runs). The default on CUDA is 17 views × 1,024 rays.
 """
