@@ -36,6 +36,7 @@ from nerf.kernels.hopper import Build
 from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 from nerf.kernels.plan import plan_for
 from nerf.kernels.uniform import Uniform, Width
+from nerf.metrics import mse, pixels_by_detail, psnr_by_detail, ssim
 from nerf.rendering import RenderSettings
 
 IMAGE = 504 * 378 * 192  # evaluations of an image at 64 + 128 a ray
@@ -476,6 +477,15 @@ class Run:
         """Whole pictures through the renderer: what else there is than networks."""
         print("whole picture, 504x378: seconds by width; of it both networks")
         rows = self.found.setdefault("pictures", {})
+        x, y = (torch.rand(378, 504, 3, device="cuda") for _ in range(2))
+        order = pixels_by_detail(y)
+        metrics = {
+            "mse ms": median_ms(lambda: mse(x, y)),
+            "ssim ms": median_ms(lambda: ssim(x, y)),
+            "detail ms": median_ms(lambda: psnr_by_detail(x, y, order)),
+        }
+        line("metrics", metrics)
+        self.found["metrics"] = metrics
         for width in NARROW:
             row = guarded(str(width), lambda w=width: picture(shape_of(w)))
             if row:
