@@ -23,7 +23,7 @@ from nerf.errors import NerfError
 from nerf.field import Field, FieldShape, NerfModel
 from nerf.graphs import StepGraph
 from nerf.kernels import adam, volume
-from nerf.kernels.mlp import FusedField, PackedField
+from nerf.kernels.mlp import FusedField, PackedField, compile_widths
 from nerf.rendering import RenderSettings
 from nerf.sampling import strata
 from nerf.steps import BETAS, EPSILON, Job, Losses, Moments, log
@@ -105,6 +105,7 @@ class FusedSteps:
         self._eager_steps_left = STEPS_BEFORE_CAPTURE
         self._adopt()
         self._try()
+        compile_widths(device, model.fine.shape)
 
     def _adopt(self) -> None:
         """Make the model's weights views of the flat vectors."""

@@ -7,8 +7,10 @@ directory; nothing needs a CUDA toolkit. Triton is not involved.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from nerf.kernels import uniform
 from nerf.kernels.plan import CHUNK, MAX_CHUNKS, Plan
+
+log = logging.getLogger(__name__)
 
 SHARED_LIMIT = uniform.SHARED_LIMIT  # bytes of shared memory a program may have
 THREADS = 384
@@ -323,6 +327,27 @@ def cubin(module: str, build: Build) -> bytes:
     except OSError:
         pass  # a cache that cannot be written costs a compile, nothing else
     return code
+
+
+def compile_ahead(build: Build, modules: Sequence[str]) -> threading.Thread:
+    """Compile modules into the cache, one after another, while the process does something else.
+
+    A process that ends waits for the one under way.
+    """
+
+    def work() -> None:
+        for module in modules:
+            if not threading.main_thread().is_alive():
+                return
+            try:
+                cubin(module, build)
+            except (OSError, RuntimeError) as error:
+                log.info("%s is not compiled ahead: %s", module, error)
+                return
+
+    thread = threading.Thread(target=work, name="kernels")
+    thread.start()
+    return thread
 
 
 # Launching.

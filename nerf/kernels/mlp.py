@@ -36,7 +36,7 @@ from nerf.kernels.plan import (
     plan_for,
     swizzled,
 )
-from nerf.kernels.uniform import Uniform, Width, exchanged, uniform_for
+from nerf.kernels.uniform import WIDTHS, Uniform, Width, exchanged, uniform_for
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +212,13 @@ def launch_uniform(
     device = hopper.kernels(packed.launch.build, distances.device.index or 0, width.name)
     grid = min(packed.programs, triton.cdiv(tiles, width.groups))
     device.launch(width.name, (grid, 1), width.threads, layout.shared_bytes, arguments)
+
+
+def compile_widths(device: torch.device, shape: FieldShape) -> None:
+    """Begin to compile what evaluates the prunings of a network that is trained meanwhile."""
+    launch = default_launch(device, shape)
+    if launch.kind == "hopper" and launch.uniform:
+        hopper.compile_ahead(launch.build, [Width(width).name for width in reversed(WIDTHS)])
 
 
 def uniform_layout(plan: Plan, launch: Launch, device: torch.device) -> Uniform | None:

@@ -125,3 +125,17 @@ def test_a_kernels_name_tells_its_width():
         assert f"#define WIDTH {width.width}\n" in text
         assert f"wgmma.mma_async.sync.aligned.m64n{width.width}k16" in text
         assert f"wgmma.mma_async.sync.aligned.m64n{width.half}k16" in text
+
+
+def test_compiling_ahead_fills_the_cache_and_ends_at_an_error(monkeypatch):
+    asked = []
+
+    def cubin(module, _build):
+        asked.append(module)
+        if module == "b":
+            raise RuntimeError("no compiler")
+        return b""
+
+    monkeypatch.setattr(hopper, "cubin", cubin)
+    hopper.compile_ahead(hopper.Build(), ["a", "b", "c"]).join()
+    assert asked == ["a", "b"]
