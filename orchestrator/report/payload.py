@@ -28,6 +28,7 @@ ASSETS = Path(__file__).parent / "assets"
 MAX_PARALLEL = 6
 MAX_COLOURS = 12
 MAX_SHARES = 12
+LLFF = ("fern", "flower", "fortress", "horns", "leaves", "orchids", "room", "trex")
 DIGITS = 6
 
 
@@ -182,12 +183,14 @@ def _parallel(data: ReportData, facets: tuple[Facet, ...], quality: str) -> tupl
 
 
 def _published(data: ReportData, album: Album) -> list[dict[str, Any]]:
-    """Published models of the same scene at the same resolution."""
+    """Published models of the scene; what is of another resolution, or a mean, is marked so."""
+    if data.scene not in LLFF:
+        return []
     entries = json.loads((ASSETS / "published.json").read_text())
     return [
-        entry
+        {**entry, "same": (entry.get("width"), entry.get("height")) == album.size}
         for entry in entries
-        if entry["scene"] == data.scene and (entry["width"], entry["height"]) == album.size
+        if entry["scene"] in (data.scene, "LLFF")
     ]
 
 

@@ -163,7 +163,7 @@ class Album:
         views: held-out views that have pictures, as text, in order.
         renders: by key of trial or training, by view: the render and the error map, or None.
         truth: by training, by view: the photo.
-        size: width and height of the photos in pixels, before any shrinking.
+        size: width and height of the views in pixels, before any shrinking; None if unknown.
         dropped: trials whose pictures did not fit.
     """
 
@@ -216,7 +216,8 @@ def album(data: ReportData, budget: int = BUDGET) -> Album:
     for (training, view), path in truths.items():
         if uri := uris.get(path):
             truth.setdefault(training, {})[str(view)] = uri
-    first = next((picture for path in truths.values() if (picture := read(path))), None)
+    any_size = (*truths.values(), *wanted.values())
+    first = next((picture for path in any_size if (picture := read(path))), None)
     return Album(
         views=tuple(map(str, views[: step.views])),
         renders=renders,

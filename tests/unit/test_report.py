@@ -17,7 +17,8 @@ from orchestrator.errors import StoreError, SweepError
 from orchestrator.pareto import Reference
 from orchestrator.report import ReportData, front_json, table, write_report
 from orchestrator.report.data import smallest_within
-from orchestrator.report.pictures import album, grids
+from orchestrator.report.payload import payload
+from orchestrator.report.pictures import Album, album, grids
 from orchestrator.report.published import TABLE_1
 from orchestrator.results import Failure, Record
 from orchestrator.store import Store
@@ -275,3 +276,24 @@ def test_an_empty_sweep_and_an_unwritable_folder_are_clear_errors(
     blocked.write_text("")
     with pytest.raises(StoreError, match="cannot write the report"):
         write_report(data, blocked)
+
+
+@pytest.mark.parametrize(
+    ("scene", "size", "same"),
+    [
+        ("fern", (504, 378), ["NeRF, nerf-pytorch"]),
+        ("fern", (1008, 756), ["NeRF (1008×756)"]),
+        ("fern", None, []),
+        ("horns", (504, 378), []),
+    ],
+)
+def test_only_published_points_of_the_scene_and_resolution_count_as_comparable(
+    data: ReportData, scene: str, size: tuple[int, int] | None, same: list[str]
+) -> None:
+    found = json.loads(payload(replace(data, scene=scene), Album(size=size)))["published"]
+    assert [point["name"] for point in found if point["same"]] == same
+    assert any(not point["same"] for point in found)
+    assert all(point["source"] and point["size_bytes"] > 0 for point in found)
+    assert (scene == "fern") == any(point["scene"] == "fern" for point in found)
+    elsewhere = payload(replace(data, scene="lego"), Album(size=size))
+    assert json.loads(elsewhere)["published"] == []

@@ -25,7 +25,7 @@
   }
   const state = {
     plane: 0, colour: data.colour, off: {}, average: data.models.some((m) => m.seeds > 1),
-    published: true, onlyFront: false, logX: true, chosen: null, at: 50, left: "truth",
+    published: true, elsewhere: false, onlyFront: false, logX: true, chosen: null, at: 50, left: "truth",
     right: "model", view: data.views[0], loss: true,
   };
   const redraws = [];
@@ -45,7 +45,7 @@
   }
   const $ = (id) => document.getElementById(id);
   function bytes(n) {
-    if (n >= 999500) return (n / 1e6).toFixed(n < 9.995e6 ? 2 : 1) + " MB";
+    if (n >= 999500) return (n / 1e6).toFixed(n < 9.995e6 ? 2 : 0) + " MB";
     return n >= 9995 ? Math.round(n / 1e3) + " kB" : (n / 1e3).toFixed(1) + " kB";
   }
   function seconds(s) { return s < 0.1 ? (1000 * s).toPrecision(2) + " ms" : s.toPrecision(2) + " s"; }
@@ -200,9 +200,9 @@
     const plane = PLANES[state.plane], axis = AXES[plane.x];
     const mine = pointsOf(visible(), axis.key, plane.y);
     const others = pointsOf(baselines, axis.key, plane.y);
-    const ghosts = state.published ? data.published
-      .filter((p) => p[axis.key] && p[plane.y] !== undefined)
-      .map((p) => ({ published: p, x: p[axis.key], y: p[plane.y], members: [] })) : [];
+    const ghosts = data.published.filter((p) => (p.same ? state.published : state.elsewhere)
+      && p[axis.key] && p[plane.y] !== undefined)
+      .map((p) => ({ published: p, x: p[axis.key], y: p[plane.y], members: [] }));
     const box = frame(host, Math.max(330, Math.min(520, host.clientWidth * 0.66)), [26, 16, 40, 54],
       `Size against ${plane.name}: ${mine.length} points`);
     const best = frontOf([...mine, ...others.filter((p) => p.model.kind !== "control")], plane.up);
@@ -376,7 +376,14 @@
     }
     row.append(check("only the front", state.onlyFront, (v) => { state.onlyFront = v; }),
       check("log size", state.logX, (v) => { state.logX = v; }));
-    if (data.published.length) row.append(check("published", state.published, (v) => { state.published = v; }));
+    if (data.published.some((p) => p.same)) {
+      row.append(check("published", state.published, (v) => { state.published = v; }));
+    }
+    if (data.published.some((p) => !p.same)) {
+      const other = check("published elsewhere", state.elsewhere, (v) => { state.elsewhere = v; });
+      other.title = "another resolution, or a mean over scenes: not directly comparable";
+      row.append(other);
+    }
     const box = $("filters");
     for (const { key, label: name, values } of data.filters) {
       const chips = values.map((value) => h("button", {
@@ -416,7 +423,10 @@
       return h("li", {}, dot, value);
     }), ...[...new Set(visible().map((m) => m.f.networks))].map((n) =>
       h("li", {}, ({ circle: "●", diamond: "◆", triangle: "▲", square: "■" })[SHAPES[n]] || "●", " " + n)),
-    h("li", {}, "★ baseline"), h("li", {}, "━ front"));
+    h("li", {}, "★ baseline"), h("li", {}, "━ front"),
+    ...(data.published.some((p) => p.same) && state.published ? [h("li", {}, "△ published")] : []),
+    ...(state.elsewhere ? [h("li", {}, "△ published for another resolution or as a mean over scenes: " +
+      "not directly comparable")] : []));
     $("count").textContent = `${visible().length} of ${trials.length} trials`;
   }
 
