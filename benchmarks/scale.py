@@ -1,7 +1,7 @@
 """How far a sweep goes: planning, a simulated large cluster, the report, and what they cost.
 
     python -m benchmarks.scale                  everything, as docs/results/reliability.md has it
-    python -m benchmarks.scale cluster --trials 1000 --nodes 2
+    python -m benchmarks.scale cluster --trials 1000 --nodes 2 --mlflow
 
 The cluster is simulated: so many logical Ray nodes on this machine, each with a GPU that does not
 exist. The trials do nothing but write their records, so what is measured is the scheduler:
@@ -12,9 +12,11 @@ import argparse
 import json
 import os
 import resource
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from orchestrator.scheduler import execute
 from orchestrator.spec import Sweep, read_text
 from orchestrator.stages import Stopwatch, Update
 from orchestrator.store import Store
-from orchestrator.sweep import collect, report_data
+from orchestrator.sweep import collect, report_data, sweep_info
+from orchestrator.tracking import TrackingLogger
+from orchestrator.tracking.listener import TrackingListener
 
 FILE = """
 name: scale
@@ -126,6 +130,9 @@ class MemoryOfDriver:
     def progress(self, training: Training, report: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def running(self, nodes: Any) -> None:
+        """Nothing."""
+
     def ended(self, record: Record | None) -> None:
         """One more."""
         self._done += record is not None
@@ -168,8 +175,8 @@ def measure_plan(trials: int, folder: Path) -> dict[str, Any]:
     return {"trials": len(plan.trials), **seconds}
 
 
-def measure_cluster(trials: int, nodes: int, folder: Path) -> dict[str, Any]:
-    """A whole run of no-op trials on a simulated cluster."""
+def measure_cluster(trials: int, nodes: int, folder: Path, mlflow: bool) -> dict[str, Any]:
+    """A whole run of no-op trials on a simulated cluster, logged to MLflow on SQLite or not."""
     import ray  # noqa: PLC0415  not needed for the rest
     from ray.cluster_utils import Cluster  # noqa: PLC0415
 
@@ -181,12 +188,25 @@ def measure_cluster(trials: int, nodes: int, folder: Path) -> dict[str, Any]:
     for _ in range(nodes):
         cluster.add_node(num_cpus=1, num_gpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    memory = MemoryOfDriver()
+    memory, origin = MemoryOfDriver(), Origin(None, {})
+    logged: dict[str, Any] = {}
     try:
-        with Progress() as progress:
-            seconds, outcome = timed(
-                lambda: execute(plan, store, Origin(None, {}), [progress, memory], bench=NoWork)
-            )
+        with ExitStack() as stack:
+            listeners: list[Any] = [memory]
+            if mlflow:
+                tracking = TrackingLogger(None, "scale", sweep_info(plan, origin), store)
+                listeners.append(TrackingListener(stack.enter_context(tracking)))
+            listeners.insert(0, stack.enter_context(Progress()))
+            seconds, outcome = timed(lambda: execute(plan, store, origin, listeners, bench=NoWork))
+            by_then = runs_in(store) if mlflow else 0
+            ended = time.perf_counter()
+        if mlflow:
+            logged = {
+                "logged_by_then": by_then,
+                "logged": runs_in(store),
+                "logging_after_s": round(time.perf_counter() - ended, 1),
+                "unlogged": len(tracking.unlogged),
+            }
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -200,7 +220,15 @@ def measure_cluster(trials: int, nodes: int, folder: Path) -> dict[str, Any]:
         "driver_kB_per_trial": round(memory.kilobytes_a_trial(), 2),
         "driver_MB_at_the_end": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
         "workers": len({record.provenance.host for record in records}),
+        **logged,
     }
+
+
+def runs_in(store: Store) -> int:
+    """How many runs in the storage's own MLflow have ended."""
+    with closing(sqlite3.connect(store.root / "mlflow.db", timeout=60)) as database:
+        (found,) = database.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'")
+    return int(found[0])
 
 
 def fill(trials: int, folder: Path) -> tuple[Plan, Store]:
@@ -245,6 +273,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=("plan", "cluster", "report", []), default=[])
     parser.add_argument("--trials", type=int, help="a multiple of 200")
     parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--mlflow", action="store_true", help="log the cluster's trials too")
     options = parser.parse_args()
     what = options.what or ["plan", "cluster", "report"]
     with tempfile.TemporaryDirectory(prefix="scale.") as name:
@@ -252,7 +281,9 @@ def main() -> None:
         if "plan" in what:
             print("plan", json.dumps(measure_plan(options.trials or 100_000, folder)), flush=True)
         if "cluster" in what:
-            measured = measure_cluster(options.trials or 10_000, options.nodes, folder)
+            measured = measure_cluster(
+                options.trials or 10_000, options.nodes, folder, options.mlflow
+            )
             print("cluster", json.dumps(measured), flush=True)
         if "report" in what:
             measured = measure_report(options.trials or 10_000, folder)

@@ -31,11 +31,13 @@ class Fault:
         name: tells it from the others.
         work: ``train``, ``calibrate`` or ``prune``.
         stage: as it is begun: load, train, calibrate, prune, evaluate, write.
-        what: ``kill`` (SIGKILL of the worker), ``hang``, ``memory`` (out of GPU memory), ``disk``
-            (no space left), ``slow`` (a second more).
+        what: ``kill`` (SIGKILL of the worker), ``hang``, ``memory`` (raises what a full GPU
+            raises), ``cap`` (the worker may take no more GPU memory in that stage, so that it
+            really runs out of it), ``disk`` (no space left), ``slow`` (a second more).
         times: how often.
         ratio: only prunings of this ratio.
         criterion: only prunings of this criterion.
+        rays: only trainings of so many rays a step.
         after: so often the stage is begun before it goes wrong.
     """
 
@@ -46,6 +48,7 @@ class Fault:
     times: int = 1
     ratio: float | None = None
     criterion: str | None = None
+    rays: int | None = None
     after: int = 0
 
 
@@ -94,6 +97,7 @@ class _Saboteur(Stopwatch):
     bench: FaultyBench
     work: str
     node: Any
+    capped: bool = False
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
@@ -101,12 +105,19 @@ class _Saboteur(Stopwatch):
             for fault in self.bench.faults:
                 if fault.work == self.work and fault.stage == stage and self._fits(fault):
                     self._perhaps(fault)
-            yield
+            try:
+                yield
+            finally:
+                if self.capped:
+                    torch.cuda.set_per_process_memory_fraction(1.0)
+                    self.capped = False
 
     def _fits(self, fault: Fault) -> bool:
         config = getattr(self.node, "config", None)
         ratio, criterion = getattr(config, "ratio", None), getattr(config, "criterion", None)
-        return fault.ratio in (None, ratio) and fault.criterion in (None, criterion)
+        rays = getattr(getattr(self.node, "recipe", None), "rays", None)
+        pairs = ((fault.ratio, ratio), (fault.criterion, criterion), (fault.rays, rays))
+        return all(wanted in (None, have) for wanted, have in pairs)
 
     def _perhaps(self, fault: Fault) -> None:
         if not _first(self.bench.folder, f"{fault.name}.before", fault.after):
@@ -119,6 +130,10 @@ class _Saboteur(Stopwatch):
             time.sleep(10_000)
         elif fault.what == "memory":
             raise torch.cuda.OutOfMemoryError("tried to allocate 2.00 GiB")
+        elif fault.what == "cap":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+            self.capped = True
         elif fault.what == "disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif fault.what == "slow":
