@@ -52,9 +52,6 @@ class Clock(Progress):
 
     first = last = 0.0
 
-    def running(self, nodes: int) -> None:
-        """Nothing."""
-
     def ended(self, record: Record | None) -> None:
         """A node ended."""
         self.last = time.perf_counter()

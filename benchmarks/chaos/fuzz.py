@@ -26,7 +26,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("sweep", "damaged", "model", "packed", "tar", "llff", "blender", "colmap", "colmap-text")
+NAMES = (
+    "sweep",
+    "sweep-values",
+    "damaged",
+    "model",
+    "packed",
+    "tar",
+    "llff",
+    "blender",
+    "colmap",
+    "colmap-text",
+)
 SLOW_SECONDS = 10.0
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn")
 FORBIDDEN += ("socket.connect", "socket.bind", "os.remove", "os.rename", "os.rmdir", "os.mkdir")
@@ -109,7 +120,7 @@ def child(name: str, work: Path, options: list[str]) -> None:
         said = {**counts, "faults": list(faults.values())}
         (work / "said.json").write_text(json.dumps(said))
 
-    longest = 2 * max(map(len, kind.seeds))
+    longest = max(64, 2 * max(map(len, kind.seeds)))
     atheris.Setup(
         [
             *(sys.argv[0], *options, f"-dict={work / 'words'}", f"-max_len={longest}"),

@@ -5,17 +5,20 @@ inputs (tests/unit/test_hostile.py: seeded mutations and Hypothesis; `benchmarks
 atheris, guided by coverage) feeds them to a `Kind`.
 """
 
+import copy
 import json
+import random
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from nerf.checkpoints import load_model, save_model
@@ -94,6 +97,62 @@ class SweepFiles:
                 return False
         assert tree(self.folder) == self._before
         return True
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2, 0.5, 1e-300, 1e300, float("nan"), float("inf"), 10**12, [], {}),
+    *("", "..", "a/b", "$(id)", "\0", "9" * 400, "s3://x", "auto", "all", [[]], [0.5, 0.5], "1kB"),
+)
+
+
+class SweepValues:
+    """Sweep files of valid YAML whose values, keys and lists are others: an input says which."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = SweepFiles(folder)
+        self.folder, self.words = folder, ()
+        self._valid = yaml.safe_load(self._files.seeds[1])
+        self._names = sorted(name.removesuffix(": ") for name in _names(SweepFile))
+        draw = random.Random(0)
+        tried = [b"", *(draw.randbytes(4) for _ in range(200))]
+        self.seeds = [data for data in tried if self.feed(data)]
+
+    def feed(self, data: bytes) -> bool:
+        """Four bytes an edit: where (two), how, with what."""
+        sweep = copy.deepcopy(self._valid)
+        for at in range(0, min(len(data), 32) - 3, 4):
+            places = list(_places(sweep))
+            if not places:
+                break
+            holder, key = places[(256 * data[at] + data[at + 1]) % len(places)]
+            how, what = data[at + 2] % 6, data[at + 3]
+            other, its = places[what % len(places)]
+            if how == 0:
+                del holder[key]
+            elif how == 1:
+                holder[key] = copy.deepcopy(VALUES[what % len(VALUES)])
+            elif how == 2:
+                holder[key] = copy.deepcopy(other[its])
+            elif how == 3:
+                holder[key] = [copy.deepcopy(holder[key])] * (what % 4)
+            elif how == 4 and isinstance(holder[key], int | float):
+                holder[key] = holder[key] * (what - 128) / 16
+            elif isinstance(holder, dict):
+                name = self._names[what % len(self._names)]
+                holder[name] = copy.deepcopy(holder[key])
+        return self._files.feed(yaml.safe_dump(sweep).encode())
+
+
+def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every key of a mapping and every number in a list, with what holds it."""
+    keys: Iterable[Any] = ()
+    if isinstance(node, dict):
+        keys = list(node)
+    elif isinstance(node, list):
+        keys = range(len(node))
+    for key in keys:
+        yield node, key
+        yield from _places(node[key])
 
 
 class Models:
@@ -233,6 +292,7 @@ SCENES: dict[str, Callable[[Path], object]] = {
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
     "sweep": SweepFiles,
+    "sweep-values": SweepValues,
     "damaged": lambda folder: Models(folder, signed=False),
     "model": Models,
     "packed": lambda folder: Models(folder, "int4"),
