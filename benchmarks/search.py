@@ -17,6 +17,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import chdir
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -406,7 +407,8 @@ def same(one: Path, other: Path) -> None:
 
 
 def _study(sweep_file: Path) -> list[tuple[str, tuple[float, ...] | None]]:
-    sweep, store = open_sweep(sweep_file)
+    with chdir(sweep_file.resolve().parent):  # where its storage is, unless it says another place
+        sweep, store = open_sweep(sweep_file.name)
     (plan,) = make_plan(sweep, store).searches
     study = open_study(sweep, plan, store)
     try:
