@@ -7,7 +7,7 @@ A sweep is made of the file's scene, training and storage (so that the trained m
 grid of prunings that no other run has: both networks, activation and magnitude, ratios from 0.1 to
 0.9. It runs as any sweep does: Ray, Tune, the store, MLflow and the report included. Its wall time
 is given until everything is logged and reported, and until the last trial has ended; Ray's start is
-part of both.
+part of both. What compiles once a machine (a training does it meanwhile) is compiled before.
 
 What the trials themselves need is measured afterwards on the same GPU, on others of the same kind
 spread over the same ratios (`--sample` of them; the sum for all is extrapolated), one after another
@@ -35,7 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import yaml
 
-from nerf.devices import describe_device
+from nerf.cameras import Rays
+from nerf.devices import describe_device, resolve_device
+from nerf.field import FieldShape, NerfModel, SampleCounts
+from nerf.kernels import available, hopper, uniform
+from nerf.rendering import RenderSettings
 from orchestrator.plan import make_plan
 from orchestrator.progress import Progress
 from orchestrator.provenance import Origin
@@ -98,6 +102,25 @@ def busy(work: Callable[[], Any]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
+def warm(device: torch.device) -> float:
+    """Compile what renders networks of any width; gives seconds. Nothing to do without kernels."""
+    if device.type != "cuda" or available(device) is not None:
+        return 0.0
+    from nerf.fused import FusedRenderer  # noqa: PLC0415  (needs Triton)
+
+    started = time.perf_counter()
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        names = [uniform.Width(width).name for width in uniform.WIDTHS]
+        hopper.kernels(hopper.Build(), 0, *hopper.MODULES, *names)  # side by side
+    ones = torch.ones(8, 3, device=device)
+    for width in (*uniform.WIDTHS, 256):
+        shape = FieldShape((width,) * 8, feature=width, view=max(1, width // 2))
+        model = NerfModel.create(shape, SampleCounts(), 0).to(device)
+        FusedRenderer(model, RenderSettings(0.0, 1.0, False))(Rays(ones, ones, ones))
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def alone(options: argparse.Namespace, seed: int) -> dict[str, float]:
     """Seconds of the calibration, and of a trial on average, with nothing else running."""
     ratios = ratios_of(max(2, options.sample // len(CRITERIA)), (seed % 997) / 997)
@@ -153,6 +176,8 @@ def main() -> None:
         raise SystemExit(f"its model is not trained yet: prunefield run {options.sweep}")
     todo = sum(not trial.cached for trial in plan.trials)
     print(f"{todo} trials of {len(plan.trials)}, {len(plan.calibrations)} calibrations", flush=True)
+    compiling = warm(resolve_device("auto"))
+    print(f"kernels compiled in {compiling:.1f} s, which is not counted", flush=True)
     started = time.perf_counter()
     clock = Clock()
     finished = run(path, clock)
@@ -171,6 +196,7 @@ def main() -> None:
         "commit": Origin.here().commit,
         "trials": todo,
         "failures": len(finished.outcome.failures),
+        "compiling_before": compiling,
         "wall": wall,
         "wall_until_last_trial": until_last,
         "until_first_trial": clock.first - started,

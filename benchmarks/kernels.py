@@ -31,7 +31,7 @@ from nerf.cameras import Rays
 from nerf.encoding import encode
 from nerf.field import Field, FieldShape, NerfModel, SampleCounts
 from nerf.fused import FusedRenderer
-from nerf.kernels import hopper, mlp, uniform
+from nerf.kernels import hopper, uniform
 from nerf.kernels.hopper import Build
 from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
 from nerf.kernels.plan import plan_for
@@ -50,7 +50,7 @@ VARIANTS = {
 WIDTHS = (256, 243, 224, 192, 160, 128, 96, 64, 48, 32)
 NARROW = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 243, 256)
 # Warp groups to compare with those of `uniform.GROUPS`.
-OTHER_GROUPS = {32: (4, 6), 48: (5,), 64: (4, 6), 96: (3,), 128: (2,), 160: (3,)}
+OTHER_GROUPS = {32: (4, 8), 64: (4, 5), 80: (5,), 96: (3,), 128: (2,), 160: (2,)}
 # Networks whose layers are not all as wide as the kernel: odd, uneven, one layer, wide views.
 CHECKED = (
     FieldShape(trunk=(45, 13, 33), skip=1, feature=9, view=20),
@@ -206,7 +206,6 @@ def check_uniform(shape: FieldShape, width: Width) -> dict[str, float]:
 
 def picture(shape: FieldShape) -> dict[str, float]:
     """Time of a picture of both networks through the renderer, and of its networks."""
-    mlp.HOPPER = replace(HOPPER, uniform=True)
     model = NerfModel.create(shape, SampleCounts(), 0).cuda()
     renderer = FusedRenderer(model, RenderSettings(0.0, 1.0, white_background=False))
     count = 504 * 378

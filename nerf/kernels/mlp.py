@@ -44,8 +44,8 @@ GATHER_BLOCK = 1024  # elements a program packs
 REDUCE_BLOCK = 512  # gradients a program sums up
 PACK_BLOCK = 2048  # elements a program packs (`pack_weights`, hopper_merge.cu)
 DEFAULT_BUILD = hopper.Build()
-# What two kernels may differ by that round alike but sum up in another order.
-UNIFORM_TOLERANCE = 0.02
+# What two kernels may differ by: bf16 explains 7e-3 of float64, and a wrong one gives about 1.
+UNIFORM_TOLERANCE = 0.05
 RAYS = 8  # rays a program of `ray_gradients` (hopper_merge.cu) takes
 
 
@@ -73,7 +73,7 @@ class Launch:
     gradient_stages: int = 4
     dtype: torch.dtype = torch.bfloat16
     build: hopper.Build = DEFAULT_BUILD
-    uniform: bool = False
+    uniform: bool = True
 
 
 HOPPER = Launch(kind="hopper")

@@ -24,11 +24,12 @@ VECTOR_BYTES = 14_336  # that the ring leaves for the vector
 LAYER_LIMIT = 31
 WIDTHS = tuple(range(16, 256, 16))
 RESIDENT = 96  # up to this width all weights lie in shared memory
-# How much longer `hopper_chain.cu` takes for an operation, about: where padding to the widest layer
-# costs more than that, it is used.
-ADVANTAGE = 1.5
-# Warp groups that multiply: as many as have the registers they need, by width (up to).
-GROUPS = ((32, 8), (48, 6), (64, 5), (96, 4), (128, 3), (240, 2))
+# Milliseconds of a picture's evaluations on one H200 for a layer and for a thousand operations
+# (padded), by a straight line through what was measured (docs/results/speed-notes.md).
+UNIFORM_COST = (0.36, 0.0475)
+CHAIN_COST = (1.23, 0.0389)
+# Warp groups that multiply, by width (up to): the best measured of those that have the registers.
+GROUPS = ((64, 6), (96, 4), (160, 3), (240, 2))
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,16 @@ def uniform_for(plan: Plan) -> Uniform | None:
     found = Uniform(shape, Width(width))
     if found.shared_bytes > SHARED_LIMIT:
         return None
-    return found if found.operations < ADVANTAGE * plan.flops(padded=True) else None
+    ours, theirs = (
+        cost(UNIFORM_COST, plan, found.operations),
+        cost(CHAIN_COST, plan, plan.flops(True)),
+    )
+    return found if ours < theirs else None
+
+
+def cost(line: tuple[float, float], plan: Plan, operations: int) -> float:
+    """What evaluating a network costs, by one of the two lines."""
+    return line[0] * len(plan.forward) + line[1] * operations / 1000
 
 
 def exchanged(columns: Tensor) -> Tensor:
