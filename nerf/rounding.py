@@ -19,7 +19,7 @@ that of the scale, here one a row and trained by its logarithm.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -47,12 +47,20 @@ class RoundedLayer:
         start: the tables at the beginning, float32, by name.
         spread: r.
         change: d of each table, to be trained.
+        ends: the lowest and the highest multiple of each row's scale; of grids alone.
     """
 
     scheme: str
     start: dict[str, Tensor]
     spread: Tensor
     change: dict[str, Tensor]
+    ends: Float[Tensor, "out 2"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kind, bits = parse_scheme(self.scheme)
+        if bits is not None and "scale" in self.start:
+            ends = torch.tensor(levels(kind, bits), device=self.start["scale"].device)
+            self.ends = ends.float().expand(len(self.start["scale"]), 2)
 
     @classmethod
     def begin(
@@ -89,12 +97,7 @@ class RoundedLayer:
 
     def table(self, name: str) -> Tensor:
         """A table as the file will hold it (rounded to float16), with its gradient."""
-        start, change = self.start[name], self.change[name]
-        if name == "scale":
-            scale = (start * change.exp()).clamp(min=SMALLEST_SCALE)
-            return straight(scale, torch.float16)
-        value = straight(start + self.spread * change, torch.float16)
-        return value.sort().values if name == "codebook" else value
+        return trained_table(name, self.start, self.change, self.spread)
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Ŵ, with the gradient straight through."""
@@ -107,10 +110,9 @@ class RoundedLayer:
             one_hot = (self._nearest(weight)[..., None] == places).to(weight.dtype)
             return (one_hot * entries).sum(dim=-1) + (weight - weight.detach())
         scale = self.table("scale")[:, None]
-        low, high = levels(kind, bits)
         offset = self.table("offset")[:, None] if kind == "uint" else torch.zeros_like(scale)
-        steps = ((weight - offset) / scale).clamp(low, high)
-        return (steps + (steps.round() - steps).detach()) * scale + offset
+        low, high = self.ends.split(1, dim=1)
+        return on_grid(weight, scale, offset, low, high)
 
     def bias(self, bias: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """The bias as the file will hold it, with the gradient straight through."""
@@ -146,22 +148,32 @@ class RoundedLayer:
         yield from self.change.items()
 
 
+def trained_table(
+    name: str, start: Mapping[str, Tensor], change: Mapping[str, Tensor], spread: Tensor
+) -> Tensor:
+    """See `RoundedLayer.table`."""
+    if name == "scale":
+        scale = (start[name] * change[name].exp()).clamp(min=SMALLEST_SCALE)
+        return straight(scale, torch.float16)
+    value = straight(start[name] + spread * change[name], torch.float16)
+    return value.sort().values if name == "codebook" else value
+
+
 def round_network(
     layers: Mapping[str, RoundedLayer], parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """All weights and biases of a network as its file will hold them.
 
-    Layers on a grid are rounded as one matrix, rows below rows and filled up with zeros: the same
-    numbers, in a tenth of the kernels, which take longer to start than to run.
+    Layers on grids of one kind are rounded as one matrix, rows below rows and filled up with zeros:
+    the same numbers, in a tenth of the kernels, which take longer to start than to run.
 
     Args:
         layers: how each layer is rounded.
         parameters: ``<layer>.weight`` and ``<layer>.bias`` of each.
     """
     kinds = {parse_scheme(layer.scheme)[0] for layer in layers.values()}
-    schemes = {layer.scheme for layer in layers.values()}
     rounded: dict[str, Tensor] = {}
-    if len(schemes) != 1 or not kinds <= {"int", "uint"}:
+    if len(kinds) != 1 or not kinds <= {"int", "uint"}:
         for name, layer in layers.items():
             rounded[f"{name}.weight"] = layer.weight(parameters[f"{name}.weight"])
             rounded[f"{name}.bias"] = layer.bias(parameters[f"{name}.bias"])
@@ -169,23 +181,34 @@ def round_network(
     weights = [parameters[f"{name}.weight"] for name in layers]
     rows, columns = [len(w) for w in weights], [w.shape[1] for w in weights]
     whole = torch.cat([pad(w, (0, max(columns) - w.shape[1])) for w in weights])
-    together = RoundedLayer(
-        next(iter(schemes)),
-        {
-            name: torch.cat([layer.start[name] for layer in layers.values()])
-            for name in TABLES[next(iter(kinds))]
-        },
-        torch.cat([layer.spread.expand(n) for layer, n in zip(layers.values(), rows, strict=True)]),
-        {
-            name: torch.cat([layer.change[name] for layer in layers.values()])
-            for name in TABLES[next(iter(kinds))]
-        },
+    kind = next(iter(kinds))
+    start = {n: torch.cat([layer.start[n] for layer in layers.values()]) for n in TABLES[kind]}
+    change = {n: torch.cat([layer.change[n] for layer in layers.values()]) for n in TABLES[kind]}
+    spread = torch.cat(
+        [layer.spread.expand(n) for layer, n in zip(layers.values(), rows, strict=True)]
     )
-    biases = together.bias(torch.cat([parameters[f"{name}.bias"] for name in layers])).split(rows)
-    parts = together.weight(whole).split(rows)
-    for name, part, bias, width in zip(layers, parts, biases, columns, strict=True):
+    biases = straight(torch.cat([parameters[f"{n}.bias"] for n in layers]), torch.float16)
+    scale = trained_table("scale", start, change, spread)[:, None]
+    offset = torch.zeros_like(scale)
+    if kind == "uint":
+        offset = trained_table("offset", start, change, spread)[:, None]
+    low, high = torch.cat([layer.ends for layer in layers.values()]).split(1, dim=1)
+    parts = on_grid(whole, scale, offset, low, high).split(rows)
+    for name, part, bias, width in zip(layers, parts, biases.split(rows), columns, strict=True):
         rounded[f"{name}.weight"], rounded[f"{name}.bias"] = part[:, :width], bias
     return rounded
+
+
+def on_grid(
+    weight: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out 1"],
+    offset: Float[Tensor, "out 1"],
+    low: Float[Tensor, "out 1"],
+    high: Float[Tensor, "out 1"],
+) -> Float[Tensor, "out in"]:
+    """The nearest s·k + o, k whole from `low` to `high`; the gradient goes straight through."""
+    steps = torch.clamp((weight - offset) / scale, low, high)
+    return (steps + (steps.round() - steps).detach()) * scale + offset
 
 
 def coded_bits(

@@ -15,7 +15,15 @@ from nerf.field import NerfModel
 from nerf.packing import Packed
 from orchestrator.bridge import field_of, network_of
 from orchestrator.errors import OrchestratorError
-from orchestrator.modelfile import AUTO, AUTO_SCHEMES, RATE, Bits, Samples, packed
+from orchestrator.modelfile import (
+    AUTO,
+    AUTO_SCHEMES,
+    RATE,
+    TRAINED_SCHEMES,
+    Bits,
+    Samples,
+    packed,
+)
 from orchestrator.plan import TrialConfig
 from orchestrator.ratefit import PRICE, fit_rate
 from pruning import (
@@ -61,6 +69,10 @@ COARSE_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """What `coarse_weight: auto` chooses from."""
 
 USUAL_WEIGHT = 0.1
+
+TRAINED_ROUNDING = float(__import__("os").environ.get("KAPPA", "10"))
+"""How much more the errors of rounding count where a recovery follows: training makes up for
+removed channels far better than for rounded weights."""
 
 
 class Weighing(TypedDict, total=False):
@@ -124,12 +136,14 @@ class Compressed:
         model: what the file holds, on the dense model's device.
         pruned: what was done to each pruned network.
         size: of the file, in bytes.
+        bits: how its weights are stored: what `auto` chose.
         notes: what was chosen on the way, for the record.
     """
 
     model: NerfModel
     pruned: Mapping[str, Reduced]
     size: int
+    bits: Bits
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -355,12 +369,14 @@ class Fitted:
         model: the networks.
         few: in few bits, if they are.
         pruned: what was done to each.
+        bits: how its weights are stored.
     """
 
     size: int
     model: NerfModel
     few: dict[str, Packed] | None
     pruned: dict[str, Pruned]
+    bits: Bits
 
 
 def _shrink_to_file(
@@ -378,7 +394,7 @@ def _shrink_to_file(
     save_model(path, fitted.model, info, fitted.few)
     model = _read_back(path, fitted.model, config.bits)
     notes = {} if weight is None else {"coarse_weight": float(weight)}
-    return Compressed(model, fitted.pruned, fitted.size, notes)
+    return Compressed(model, fitted.pruned, fitted.size, fitted.bits, notes)
 
 
 def _best_fit(
@@ -434,7 +450,7 @@ def _fit(
         few = packed(model, bits, material.samples)
         size = model_size(model, info, few)
         if size <= config.size and (best is None or size > best.size):
-            best = Fitted(size, model, few, pruned)
+            best = Fitted(size, model, few, pruned, bits)
         now = {name: p.achieved for name, p in pruned.items()}, bits
         nothing_gone = config.bits != AUTO and all(not p.removed for p in pruned.values())
         if best is not None and (best.size >= FULL * config.size or nothing_gone or now == before):
@@ -549,12 +565,19 @@ def _choices(
     networks: Mapping[str, Network], config: TrialConfig, material: Material
 ) -> dict[str, Choices]:
     """What each layer takes and loses in how many bits; the same for every budget, so kept."""
-    key = "choices", config.calibration, (*networks,), config.errors
+    trained = config.recover is not None
+    key = "choices", config.calibration, (*networks,), config.errors, trained
     if key not in material.kept:
         weights = _weighing(networks, config, material).get("output_weights", {})
         statistics = material.statistics or {}
         material.kept[key] = {
-            name: choices(network, statistics[name], AUTO_SCHEMES, weights.get(name))
+            name: choices(
+                network,
+                statistics[name],
+                TRAINED_SCHEMES if trained else AUTO_SCHEMES,
+                weights.get(name),
+                TRAINED_ROUNDING if trained else 1.0,
+            )
             for name, network in networks.items()
         }
     return cast(dict[str, Choices], material.kept[key])
@@ -619,7 +642,7 @@ def _written(
     size = save_model(
         path, model, info, packed(model, config.bits, material.samples, config.mask is not None)
     )
-    return Compressed(_read_back(path, model, config.bits), pruned, size)
+    return Compressed(_read_back(path, model, config.bits), pruned, size, config.bits)
 
 
 def _read_back(path: Path, model: NerfModel, bits: str) -> NerfModel:

@@ -26,6 +26,9 @@ RATE = "rate"
 AUTO_SCHEMES = tuple(f"gptq{bits}" for bits in range(2, 9))
 """What `auto` chooses from."""
 
+TRAINED_SCHEMES = tuple(f"int{bits}" for bits in range(3, 9))
+"""What it chooses from where the rounded weights are trained."""
+
 SPARSE_FLOATS = {"fp32": "sparse32", "fp16": "sparse16"}
 
 Samples = Callable[[str], Iterable[CalibrationBatch]]

@@ -35,11 +35,12 @@ from orchestrator.compress import (
     with_fields,
 )
 from orchestrator.log import logger
-from orchestrator.modelfile import packed
+from orchestrator.modelfile import AUTO, TRAINED_SCHEMES, Bits, packed
 from orchestrator.plan import TrialConfig
 from pruning import (
     SCHEMES,
     BudgetError,
+    Network,
     Pruned,
     Quantized,
     nonzero_parameters,
@@ -56,6 +57,9 @@ MARGIN = 0.02
 COARSER = 1.01
 """Where that was too little, grids are made coarser by this factor, again and again."""
 MOST_COARSER = 30
+NARROW_BITS = "int6"
+"""How the layers of a narrow control are stored where those of the pruned model choose their own:
+the best single number of bits for a recovered fern at 250 and 100 kB."""
 SQUEEZES, SLACK = 6, 0.005
 """How often a file that is squeezed is measured, and what is left free of it to be sure."""
 
@@ -133,9 +137,10 @@ def recover_pruned(
     first = max((number for number in range(len(sizes)) if begun[number].is_file()), default=0)
     pruned: dict[str, Pruned] = {}
     model, seconds = dense, 0.0
+    bits: Bits = config.bits
     for number in range(first, len(sizes)):
         if begun[number].is_file():
-            model, pruned, seconds = _begun(begun[number], dense, config.networks)
+            model, pruned, seconds, bits = _begun(begun[number], dense, config.networks)
         else:
             if number:
                 with ground.during("calibrate"):
@@ -144,9 +149,9 @@ def recover_pruned(
                 part = replace(config, size=sizes[number])
                 small = compress(path, model, part, material, info)
             model = with_fields(model, config.networks, small.pruned)
-            pruned = _together(dense, pruned, small.pruned)
+            pruned, bits = _together(dense, pruned, small.pruned), small.bits
             if number:
-                _write_begun(begun[number], model, pruned, seconds)
+                _write_begun(begun[number], model, pruned, seconds, bits)
         recovery = _trained(
             model,
             dense,
@@ -155,16 +160,16 @@ def recover_pruned(
             ),
             _seed_of(config, number),
             scope_of(config.networks),
-            config.bits if number == last else "fp32",
+            bits if number == last else "fp32",
             ground.running / f"state-{number}.safetensors",
             ground,
-            partial(_squeeze, config=config, info=info)
-            if number == last and recover.squeeze > 1
+            partial(_squeeze, size=config.size, bits=bits, info=info)
+            if number == last and recover.squeeze > 1 and config.size is not None
             else None,
         )
         model = recovery.student
         seconds += recovery.seconds
-    return _written(path, recovery, config, info, pruned, seconds)
+    return _written(path, recovery, config.size, bits, info, pruned, seconds)
 
 
 def round_sizes(
@@ -190,7 +195,7 @@ def round_sizes(
 
 def _coded(bits: str) -> bool:
     """Whether the bytes of a weight depend on its value."""
-    return SCHEMES[bits].kind != "float"
+    return bits == AUTO or SCHEMES[bits].kind != "float"
 
 
 def _together(
@@ -228,17 +233,19 @@ def _pruned_to(field: Field, keep: Mapping[str, torch.Tensor], of: Pruned | None
 
 
 def _write_begun(
-    path: Path, model: NerfModel, pruned: Mapping[str, Pruned], seconds: float
+    path: Path, model: NerfModel, pruned: Mapping[str, Pruned], seconds: float, bits: Bits
 ) -> None:
     """Keep the model with which a later round begins, and what was removed until then."""
     keep = {
         name: {layer: kept.int().tolist() for layer, kept in of.keep.items()}
         for name, of in pruned.items()
     }
-    save_model(path, model, {"keep": keep, "seconds": seconds})
+    save_model(path, model, {"keep": keep, "seconds": seconds, "bits": bits})
 
 
-def _begun(path: Path, dense: NerfModel, scope: str) -> tuple[NerfModel, dict[str, Pruned], float]:
+def _begun(
+    path: Path, dense: NerfModel, scope: str
+) -> tuple[NerfModel, dict[str, Pruned], float, Bits]:
     """The inverse of `_write_begun`."""
     model, info = load_model(path)
     keep = info["keep"]
@@ -249,7 +256,7 @@ def _begun(path: Path, dense: NerfModel, scope: str) -> tuple[NerfModel, dict[st
             _pruned_to(dense.networks()[name], masks, None),
             network=network_of(model.networks()[name], "all"),
         )
-    return model.to(dense.device), pruned, float(info["seconds"])
+    return model.to(dense.device), pruned, float(info["seconds"]), info["bits"]
 
 
 def _seed_of(config: TrialConfig, number: int = 0) -> int:
@@ -285,10 +292,11 @@ def train_control(
     """
     if config.recover is None:
         raise ValueError("a control is trained as a recovery is; this one has none")
+    bits = NARROW_BITS if config.bits == AUTO else config.bits
     if config.control == "dense_longer":
         student = copy.deepcopy(dense)
     else:
-        narrow = narrow_shape(dense, shape, config, info)
+        narrow = narrow_shape(dense, shape, replace(config, bits=bits), info)
         student = fresh_model(narrow, dense.samples, config.networks == "shared", _seed_of(config))
     recovery = _trained(
         student.to(dense.device),
@@ -296,11 +304,11 @@ def train_control(
         config.recover.recipe(ground.training.density_noise, ground.training.precision, last=True),
         _seed_of(config),
         tuple(student.stored()),
-        config.bits,
+        bits,
         ground.running / "state-0.safetensors",
         ground,
     )
-    return _written(path, recovery, config, info, {}, recovery.seconds)
+    return _written(path, recovery, config.size, bits, info, {}, recovery.seconds)
 
 
 def fresh_model(shape: FieldShape, samples: SampleCounts, shared: bool, seed: int) -> NerfModel:
@@ -358,7 +366,7 @@ def _trained(
     recipe: RecoveryRecipe,
     seed: int,
     trained: tuple[str, ...],
-    bits: str,
+    bits: Bits,
     state: Path,
     ground: Ground,
     squeeze: Callable[[Recovery], None] | None = None,
@@ -403,16 +411,15 @@ def _trained(
     return recovery
 
 
-def _squeeze(recovery: Recovery, config: TrialConfig, info: Mapping[str, Any]) -> None:
+def _squeeze(recovery: Recovery, size: int, bits: Bits, info: Mapping[str, Any]) -> None:
     """Say how many bits the codes may take, by what they take in the file that there would be now.
 
     Raises:
         BudgetError: everything but the codes is too large already.
     """
-    assert config.size is not None
-    contents = _contents(recovery, config.bits, 1.0)
+    contents = _contents(recovery, bits, 1.0)
     assert contents is not None
-    size = model_size(recovery.student, info, contents)
+    now = model_size(recovery.student, info, contents)
     constant = {
         name: replace(
             of,
@@ -424,48 +431,56 @@ def _squeeze(recovery: Recovery, config: TrialConfig, info: Mapping[str, Any]) -
         for name, of in contents.items()
     }
     fixed = model_size(recovery.student, info, constant)
-    allowed = (1 - SLACK) * config.size - fixed
+    allowed = (1 - SLACK) * size - fixed
     if allowed <= 0:
         raise BudgetError(
-            f"a file of {config.size:,} bytes is too small: {fixed:,} bytes of it are not codes; "
+            f"a file of {size:,} bytes is too small: {fixed:,} bytes of it are not codes; "
             "squeeze less, so that more channels are removed"
         )
-    recovery.squeeze(recovery.bits() * allowed / max(size - fixed, 1))
+    recovery.squeeze(recovery.bits() * allowed / max(now - fixed, 1))
 
 
 def _rounding(
-    model: NerfModel, trained: tuple[str, ...], bits: str
+    model: NerfModel, trained: tuple[str, ...], bits: Bits
 ) -> dict[str, dict[str, RoundedLayer]]:
     """How the layers are rounded from now on: beginning with what quantising them now gives."""
     layers: dict[str, dict[str, RoundedLayer]] = {}
     for name in trained:
         network = network_of(model.stored()[name])
-        tables = quantize(network, bits).tables
+        schemes = _schemes(bits, name, network)
+        tables = quantize(network, schemes).tables
         layers[name] = {
-            layer: RoundedLayer.begin(bits, weight, tables[layer])
+            layer: RoundedLayer.begin(schemes[layer], weight, tables[layer])
             for layer, weight in network.weights.items()
         }
     return layers
 
 
+def _schemes(bits: Bits, name: str, network: Network) -> Mapping[str, str]:
+    """How each layer of a network is stored; one that was not pruned keeps the most bits."""
+    of = bits if isinstance(bits, str) else bits.get(name, TRAINED_SCHEMES[-1])
+    return dict.fromkeys(network.weights, of) if isinstance(of, str) else of
+
+
 def _written(
     path: Path,
     recovery: Recovery,
-    config: TrialConfig,
+    most: int | None,
+    bits: Bits,
     info: Mapping[str, Any],
     pruned: Mapping[str, Pruned],
     seconds: float,
 ) -> Recovered:
     """Write the file of a model that was trained, and read it back."""
-    size = write_trained(path, recovery, config.bits, info, config.size)
+    size = write_trained(path, recovery, bits, info, most)
     final = recovery.student
-    if config.bits != "fp32":
+    if bits != "fp32":
         final = load_model(path)[0].to(recovery.device)
-    return Recovered(Compressed(final, pruned, size), {"recover_seconds": seconds})
+    return Recovered(Compressed(final, pruned, size, bits), {"recover_seconds": seconds})
 
 
 def write_trained(
-    path: Path, recovery: Recovery, bits: str, info: Mapping[str, Any], most: int | None = None
+    path: Path, recovery: Recovery, bits: Bits, info: Mapping[str, Any], most: int | None = None
 ) -> int:
     """Write the model file, few-bit weights as they were trained; gives its size.
 
@@ -497,7 +512,7 @@ def _layers(recovery: Recovery) -> Iterator[RoundedLayer]:
         yield from of.values()
 
 
-def _contents(recovery: Recovery, bits: str, factor: float) -> dict[str, Packed] | None:
+def _contents(recovery: Recovery, bits: Bits, factor: float) -> dict[str, Packed] | None:
     """The stored networks: what was trained rounded as it was trained, the rest rounded now."""
     model = recovery.student
     if not recovery.rounding:
@@ -505,8 +520,9 @@ def _contents(recovery: Recovery, bits: str, factor: float) -> dict[str, Packed]
     contents = {}
     for name, field in model.stored().items():
         network = network_of(field)
+        schemes = _schemes(bits, name, network)
         if name not in recovery.rounding:
-            arrays = quantize(network, bits).tensors()
+            arrays = quantize(network, schemes).tensors()
         else:
             codes, tables = {}, {}
             for layer, trained in recovery.rounding[name].items():
@@ -515,7 +531,8 @@ def _contents(recovery: Recovery, bits: str, factor: float) -> dict[str, Packed]
                 stored, tables[layer] = rounded.stored(weight, bias)
                 if stored is not None:
                     codes[layer] = stored
-            schemes = dict.fromkeys(codes | tables, bits)
             arrays = Quantized(network.graph, schemes, codes, tables).tensors()
-        contents[name] = Packed(field.shape, bits, arrays)
+        stored_as = [schemes[layer.name] for layer in field.shape.layers()]
+        alike = len({*stored_as}) == 1
+        contents[name] = Packed(field.shape, stored_as[0] if alike else stored_as, arrays)
     return contents

@@ -64,6 +64,7 @@ def choices(
     statistics: Statistics,
     schemes: Sequence[str],
     output_weights: OutputWeights | None = None,
+    scale: float = 1.0,
 ) -> Choices:
     """What each scheme takes and what it costs, measured on the dense layers.
 
@@ -73,6 +74,7 @@ def choices(
         schemes: names in `quantization.SCHEMES`, of uniform grids or codebooks.
         output_weights: s_r, how much each output of a layer counts: errors are Σ_r s_r E[δz_r²].
             Without, they are relative to the variance of what the layer computes.
+        scale: how much errors of rounding count beside those of removed channels.
 
     Raises:
         PruningError: a scheme does not exist or stores floats.
@@ -99,7 +101,7 @@ def choices(
                     scheme,
                     entropy(quantized.codes[layer.name]) / 8,
                     float(price_of(scheme).output),
-                    error,
+                    scale * error,
                 )
             )
     return found

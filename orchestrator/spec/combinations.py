@@ -105,7 +105,7 @@ def _with_masks(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{name!r} scores channels; single weights are scored by {', '.join(SPARSE)}",
             )
     for name in _names(grid, "bits", "fp32"):
-        if name in CHOSEN or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
+        if name == "rate" or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
             yield (
                 "bits",
                 f"{name!r} would move the zeros of a mask; fp32, fp16, bf16 and int2 to int8 keep "
@@ -151,10 +151,10 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name in _names(grid, "bits", "fp32"):
         if squeezed and name in SCHEMES and not name.startswith("int"):
             yield "recover.squeeze", f"only int2 to int8 can be squeezed, not {name!r}"
-        if name in CHOSEN or (name in SCHEMES and SCHEMES[name].needs_statistics):
-            alike = CHOSEN[name] if name in CHOSEN else SCHEMES[name].stored_as
+        if name == "rate" or (name in SCHEMES and SCHEMES[name].needs_statistics):
+            alike = CHOSEN[name] if name == "rate" else SCHEMES[name].stored_as
             yield (
                 "bits",
                 f"{name!r} looks at data to round well, and a recovery trains the rounded weights "
-                f"themselves; {alike!r} is stored alike",
+                f"themselves; {SCHEMES[name].stored_as!r} is stored alike",
             )
