@@ -70,9 +70,9 @@ COARSE_WEIGHTS = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 USUAL_WEIGHT = 0.1
 
-TRAINED_ROUNDING = float(__import__("os").environ.get("KAPPA", "10"))
+TRAINED_ROUNDING = 10.0
 """How much more the errors of rounding count where a recovery follows: training makes up for
-removed channels far better than for rounded weights."""
+removed channels far better than for rounded weights. 100 was worse (docs/results/recovery.md)."""
 
 
 class Weighing(TypedDict, total=False):
@@ -505,7 +505,7 @@ def _fit_by_rate(
             # Too many biases, scales and tables for so small a file: fewer channels.
             budget = budget * 3 // 4
             continue
-        return Fitted(fitted.size, fitted.model, fitted.few, pruned)
+        return Fitted(fitted.size, fitted.model, fitted.few, pruned, config.bits)
 
 
 def _attempts(

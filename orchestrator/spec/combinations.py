@@ -5,7 +5,6 @@ from typing import Any
 
 from pruning import BUDGETED, CRITERIA, SCHEMES, SPARSE
 
-CHOSEN = {"auto": "int2 to int8", "rate": "int8"}
 """Bits that a size is turned into, and what the file stores then."""
 
 TARGETS = ("ratios", "sizes", "masks")
@@ -152,9 +151,9 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if squeezed and name in SCHEMES and not name.startswith("int"):
             yield "recover.squeeze", f"only int2 to int8 can be squeezed, not {name!r}"
         if name == "rate" or (name in SCHEMES and SCHEMES[name].needs_statistics):
-            alike = CHOSEN[name] if name == "rate" else SCHEMES[name].stored_as
+            alike = "int8" if name == "rate" else SCHEMES[name].stored_as
             yield (
                 "bits",
                 f"{name!r} looks at data to round well, and a recovery trains the rounded weights "
-                f"themselves; {SCHEMES[name].stored_as!r} is stored alike",
+                f"themselves; {alike!r} is stored alike",
             )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from nerf import recovery as nerf_recovery
 from nerf.checkpoints import load_model
 from nerf.evaluation import HeldOut
+from nerf.files import read_tensors
 from nerf.scenes import write_demo_scene
 from orchestrator import recovering
 from orchestrator.errors import SpecError
@@ -88,6 +89,7 @@ GRIDS = (
         "recover": {**RECOVER, "from": "distill", "steps": 2, "controls": []},
     },
     {"ratios": 0.5, "calibration": {"views": 2, "rays": 64}, "recover": RECOVER},
+    {**SMALL, "sizes": "7kB", "bits": "auto", "recover": {**RECOVER, "controls": "narrow"}},
     {
         **SMALL,
         "sizes": "4kB",
@@ -113,6 +115,12 @@ def record_of(done: Done, **config: Any) -> tuple[Trial, Record]:
     found = [t for t in plan.trials if all(t.config.flat().get(k) == v for k, v in config.items())]
     (trial,) = found
     return trial, bench.store.read_record(trial.kind, trial.key)
+
+
+def schemes_of(path: Path) -> list[str]:
+    """How each layer of a shared network is stored."""
+    said = read_tensors(path)[1]["schemes"]["fine"]  # type: ignore[index,call-overload]
+    return [str(said)] if isinstance(said, str) else [str(scheme) for scheme in said]
 
 
 # --- the sweep file and the plan ----------------------------------------------------------------
@@ -236,6 +244,17 @@ def test_a_squeezed_model_fills_its_file(done: Done) -> None:
     assert method_of(record.config).endswith("recovered 200 photos squeezed 1.5")
 
 
+def test_layers_that_choose_their_bits_are_trained_in_them(done: Done) -> None:
+    bench, _ = done
+    trial, record = record_of(done, bits="auto", criterion="obs")
+    path = bench.store.folder("trial", trial.key) / MODEL
+    assert path.stat().st_size == record.metrics["size_bytes"] <= 7000
+    layers = schemes_of(path)
+    assert {*layers} <= {f"int{bits}" for bits in range(3, 9)}
+    control, _ = record_of(done, control="narrow", bits="auto")
+    assert {*schemes_of(bench.store.folder("control", control.key) / MODEL)} == {"int6"}
+
+
 def test_rounds_prune_further_and_further(
     done: Done, scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +314,7 @@ def test_the_dense_model_trained_longer_has_the_dense_models_shape(done: Done) -
 
 def test_a_narrow_nerf_fills_the_same_file(done: Done) -> None:
     bench, _ = done
-    trial, record = record_of(done, control="narrow")
+    trial, record = record_of(done, control="narrow", bits="int4")
     assert 0.9 * 6000 < record.metrics["size_bytes"] <= 6000
     (trunk,) = record.widths.values()
     assert len(trunk) == 3
@@ -356,7 +375,7 @@ def test_a_worker_that_dies_changes_nothing(
 
 def test_a_damaged_state_is_begun_anew(done: Done, tmp_path: Path) -> None:
     bench, _ = done
-    trial, record = record_of(done, control="narrow")
+    trial, record = record_of(done, control="narrow", bits="int4")
     store = Store(tmp_path / "store")
     (store.root).mkdir()
     (store.root / "checkpoints").symlink_to(bench.store.root / "checkpoints")

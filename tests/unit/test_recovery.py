@@ -275,10 +275,11 @@ def test_what_is_stored_is_what_was_trained_to_the_bit(scheme: str) -> None:
         assert not torch.equal(change, before[name]), f"{name} was not trained"
 
 
-@pytest.mark.parametrize("scheme", ["int4", "uint3", "kmeans2", "fp16"])
+@pytest.mark.parametrize("scheme", ["int4", "int3 and int6", "uint3", "kmeans2", "fp16"])
 def test_rounding_all_layers_together_is_rounding_each(scheme: str) -> None:
     model = model_of(0)
-    layers = rounding_of(model, scheme)["fine"]
+    several = [rounding_of(model, one)["fine"] for one in scheme.split(" and ")]
+    layers = {name: several[i % len(several)][name] for i, name in enumerate(several[0])}
     parameters = dict(model.fine.named_parameters())
     leaves = [*parameters.values(), *(t for of in layers.values() for _, t in of.parameters())]
     targets = {name: torch.randn(p.shape) for name, p in parameters.items()}
