@@ -23,6 +23,7 @@ The wall time is compared with both sums.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -176,7 +177,11 @@ def main() -> None:
         raise SystemExit(f"its model is not trained yet: prunefield run {options.sweep}")
     todo = sum(not trial.cached for trial in plan.trials)
     print(f"{todo} trials of {len(plan.trials)}, {len(plan.calibrations)} calibrations", flush=True)
-    compiling = warm(resolve_device("auto"))
+    try:
+        compiling = warm(resolve_device("auto"))
+    except Exception as failure:  # then the workers fall back or say so
+        print(f"compiling before: {type(failure).__name__}: {failure}")
+        compiling = math.nan
     print(f"kernels compiled in {compiling:.1f} s, which is not counted", flush=True)
     started = time.perf_counter()
     clock = Clock()
