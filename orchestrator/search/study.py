@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from orchestrator.errors import SearchError
 from orchestrator.search.goals import UP
-from orchestrator.search.samplers import STARTUP, make_sampler
+from orchestrator.search.samplers import make_sampler
 from orchestrator.search.space import Choice, Parameters, Range
 from orchestrator.spec.sweep import Objective, Sampler
 
@@ -130,12 +130,6 @@ class Study:
             if isinstance(d, Range)
             else CategoricalDistribution(d.of)
             for n, d in dimensions.items()
-        }
-        # What a Gaussian process sees of a ratio: the fraction kept, on a logarithmic scale.
-        self._kept = {
-            n: FloatDistribution(1.0 - d.high, 1.0 - d.low, log=True)
-            for n, d in dimensions.items()
-            if isinstance(d, Range)
         }
         directions: list[Literal["maximize", "minimize"]] = [
             "maximize" if o in UP else "minimize" for o in self.objectives
@@ -275,27 +269,20 @@ class Study:
         copy = optuna.create_study(directions=self._directions)
         copy.sampler = make_sampler(sampler, _mix(seed, round_))
         chosen = self._for_model(ended) if sampler == "gp" else ended
-        kept = self._kept if sampler == "gp" and len(chosen) >= STARTUP else {}
-        space = {**self.distributions, **kept}
         for entry in (*chosen, *others):
-            trial = self._copied(everything[entry.number], entry, entry in others)
-            trial.params = {n: _other_way(kept, n, v) for n, v in trial.params.items()}
-            trial.distributions = space
-            copy.add_trial(trial)
+            copy.add_trial(self._copied(everything[entry.number], entry, entry in others))
         if sampler == "qmc":  # a fixed sequence: what earlier rounds took of it is passed over
             passed = sum(e.origin == "qmc" for e in (*ended, *others))
             for _ in range(passed):
-                copy.ask(space)
+                copy.ask(self.distributions)
         chance = RandomSampler(seed=_mix(seed, round_) ^ 1)
         found: list[Proposal] = []
         for _ in range(count):
             for attempt in range(ATTEMPTS + 40):
                 if attempt == ATTEMPTS:
                     copy.sampler = chance
-                asked = copy.ask(space)
-                key, parameters = finish(
-                    {n: _other_way(kept, n, v) for n, v in asked.params.items()}
-                )
+                asked = copy.ask(self.distributions)
+                key, parameters = finish(asked.params)
                 if key not in known:
                     break
                 copy.tell(asked, state=TrialState.FAIL)
@@ -335,13 +322,6 @@ class Study:
             distributions=self.distributions,
             system_attrs=trial.system_attrs,
         )
-
-
-def _other_way(kept: Mapping[str, FloatDistribution], name: str, value: Any) -> Any:
-    """The fraction kept for a ratio, and the ratio for a fraction kept; else the value."""
-    if name not in kept:
-        return value
-    return 1.0 - value
 
 
 def _entry(trial: FrozenTrial) -> Entry | None:
