@@ -192,10 +192,11 @@ def main() -> None:
     for record in records:
         for stage, seconds in record.provenance.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
-    print(f"{todo} trials in {wall:.1f} s of wall time; now some of them alone", flush=True)
+    print(f"{todo} trials in {wall:.1f} s of wall time, the last after {until_last:.1f} s, the")
+    print(f"first after {clock.first - started:.1f} s; now some of them alone", flush=True)
     own = alone(options, seed + 1)
     total = own["calibration"] + todo * own["trial"]
-    kernels = own["calibration_kernels"] + todo * own["trial_kernels"]
+    kernels = own["calibration_kernels"] + todo * own["trial_kernels"] or math.nan
     found = {
         "hardware": describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "commit": Origin.here().commit,

@@ -30,6 +30,7 @@ with triton_interpreter.unchecked_imports():
     from nerf.kernels import encode as encode_kernel
     from nerf.kernels import mlp, uniform
     from nerf.kernels.mlp import HOPPER, FusedField, Launch, PackedField
+    from nerf.kernels.plan import plan_for
 
 # PyTorch's own remark about the thread in which autograd runs, on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
@@ -210,6 +211,21 @@ def test_evaluation_at_one_width(width, wide_view):
         out_density, out_rgb = PackedField(field, HOPPER, layout)(*given)
         assert error(out_density, density) < 2e-3
         assert error(out_rgb, rgb) < 2e-3
+
+
+@pytest.mark.parametrize(("factor", "used"), [(1.0, True), (1.2, False), (float("nan"), False)])
+def test_a_kernel_of_one_width_that_is_wrong_is_not_used(monkeypatch, caplog, factor, used):
+    def launch_forward(packed, _origins, _directions, _distances, _share, density, rgb):
+        density.fill_(1.0)
+        rgb.fill_(1.0 if packed.uniform is None else factor)
+
+    monkeypatch.setattr(mlp, "launch_forward", launch_forward)
+    mlp._uniform_fault.cache_clear()
+    plan = plan_for(FieldShape(trunk=(64,) * 8, feature=64, view=32))
+    layout = mlp.uniform_layout(plan, HOPPER, torch.device(DEVICE))
+    mlp._uniform_fault.cache_clear()
+    assert (layout is not None) == used
+    assert ("width 64 is not used" in caplog.text) != used
 
 
 @pytest.mark.parametrize("count", [(5, 29), (1, 64), (70, 40)] if GPU else [(5, 29), (1, 64)],
