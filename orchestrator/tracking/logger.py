@@ -35,6 +35,7 @@ LONGEST_DELAY = 30.0
 CLOSING_DELAY = 2.0
 OPEN_SECONDS = 300.0  # making the tables of a new database takes a while
 PROBE_AGAIN = 10.0
+LAST_SECONDS = 10.0  # for what is under way when patience ends
 MANY = 100
 
 CurvePoint = tuple[int, int, Mapping[str, float]]
@@ -188,7 +189,7 @@ class TrackingLogger:
                 left,
             )
         if self._thread is not None:
-            while self._thread.is_alive() and time.monotonic() < self._deadline + 10:
+            while self._thread.is_alive() and time.monotonic() < self._deadline + LAST_SECONDS:
                 self._thread.join(0.5)
             if self._thread.is_alive():
                 self._unlogged.append(("the rest", "the tracking store did not answer in time"))

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -342,6 +343,23 @@ def test_what_cannot_be_logged_is_said_and_logged_the_next_time(
     with tracking(store) as logger:
         logger.record(records[1])
     assert Seen(store).one(records[1].key).info.status == "FINISHED"
+
+
+def test_a_store_that_is_slow_is_waited_for_as_long_as_it_answers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RunWriter.write_record
+    monkeypatch.setattr("orchestrator.tracking.logger.LAST_SECONDS", 0.5)
+    monkeypatch.setattr(
+        RunWriter, "write_record", lambda *given: (time.sleep(0.3), real(*given))[1]
+    )
+    dense = save(store, training_record())
+    trials = [save(store, trial_record(dense, i / 13)) for i in range(12)]
+    with tracking(store, patience=3.0) as logger:
+        for record in trials:
+            logger.record(record)
+    assert logger.unlogged == ()
+    assert [run.info.status for run in Seen(store).of("trial")] == ["FINISHED"] * 12
 
 
 def test_two_sweeps_in_one_process_do_not_meet(
