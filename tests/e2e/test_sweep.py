@@ -42,9 +42,13 @@ def mlflow_runs(store: Path) -> list:
 def test_a_sweep_runs_from_the_file_to_the_report(
     write_sweep: WriteSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = write_sweep(), tmp_path / "out"
+    path, out, environment = write_sweep(), tmp_path / "out", dict(os.environ)
     assert main(["run", str(path)]) == 0
     printed = capsys.readouterr().out
+    # It leaves no trace; Ray keeps a few variables of its own for the life of a process.
+    assert not {name for name in environment if os.environ.get(name) != environment[name]}
+    added = {n for n in set(os.environ) - set(environment) if not n.startswith("RAY_")}
+    assert not {n for n in added if n.startswith(("TUNE_", "MLFLOW_RUN"))}
     assert "report.html" in printed
     assert "prunefield ui" in printed
 
@@ -174,16 +178,6 @@ def test_asking_for_a_gpu_without_one_says_so(
     said = capsys.readouterr().err
     assert "resources.train.gpus" in said
     assert "Traceback" not in said
-
-
-def test_a_local_sweep_leaves_no_trace_in_the_environment(write_sweep: WriteSweep) -> None:
-    before = dict(os.environ)
-    run(write_sweep(prune={"criteria": ["magnitude"], "ratios": [0.5]}))
-    # Ray keeps a few variables of its own for the life of a process.
-    changed = {n for n in before if os.environ.get(n) != before[n]}
-    added = {n for n in set(os.environ) - set(before) if not n.startswith("RAY_")}
-    assert not changed
-    assert not {n for n in added if n.startswith(("TUNE_", "MLFLOW_RUN"))}
 
 
 def test_the_demo_plan_needs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
