@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from operator import add
+from typing import Literal
 
 from nerf.field import NerfModel
 from nerf.packing import Packed
@@ -29,6 +30,9 @@ AUTO_SCHEMES = tuple(f"gptq{bits}" for bits in range(2, 9))
 TRAINED_SCHEMES = tuple(f"int{bits}" for bits in range(3, 9))
 """What it chooses from where the rounded weights are trained."""
 
+GOOD_BITS = 5.0
+"""Bits a weight at which `auto` and `rate` lose little."""
+
 SPARSE_FLOATS = {"fp32": "sparse32", "fp16": "sparse16"}
 
 Samples = Callable[[str], Iterable[CalibrationBatch]]
@@ -41,6 +45,20 @@ Bits = str | Mapping[str, Mapping[str, str]]
 def looks_at_samples(bits: str) -> bool:
     """Whether rounding looks at what the pruned network computes on calibration samples."""
     return bits in (AUTO, RATE) or SCHEMES[bits].needs_statistics
+
+
+def networks_for(size: int, bits: str, parameters: int) -> Literal["both", "shared"]:
+    """Both networks where a file holds both whole, else the fine one for both passes.
+
+    Sharing costs less than taking much away from two networks.
+
+    Args:
+        size: of the file, in bytes.
+        bits: how it stores weights.
+        parameters: of one dense network.
+    """
+    each = GOOD_BITS if bits in (AUTO, RATE) else SCHEMES[bits].bits
+    return "both" if 2 * parameters * each / 8 <= size else "shared"
 
 
 def packed(

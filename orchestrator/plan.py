@@ -12,12 +12,13 @@ from functools import cache, reduce
 from operator import or_
 from typing import Any, Literal
 
+from nerf.field import FieldShape
 from nerf.scenes import scene_fingerprint, training_view_count
 from nerf.training import Recipe
 from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
-from orchestrator.modelfile import RATE, looks_at_samples
+from orchestrator.modelfile import RATE, looks_at_samples, networks_for
 from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import (
@@ -447,7 +448,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
     combinations = 0
     configs: dict[TrialConfig, None] = {}  # an ordered set
     for grid in sweep.grids:
-        for config in _configs(grid, len(sweep.shape.trunk), view_count):
+        for config in _configs(grid, sweep.shape, view_count):
             combinations += 1
             configs[config] = None
     by_search = _search_configs(sweep.search, view_count)
@@ -630,11 +631,11 @@ class _Target:
     mask: float | str | None = None
 
 
-def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConfig]:
+def _configs(grid: PruneGrid, shape: FieldShape, view_count: int) -> Iterator[TrialConfig]:
     """Every combination of a grid; axes that do not matter to a trial are dropped from it."""
-    axes = grid.calibration
+    axes, depth = grid.calibration, len(shape.trunk)
     for (
-        networks,
+        scope,
         criterion,
         target,
         views,
@@ -657,6 +658,7 @@ def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConf
         grid.errors,
     ):
         masked = target.mask is not None
+        networks = _networks(scope, target.size, bits, shape)
         weighs = target.size is not None and BUDGETED[target.schedule].needs_paths
         config = TrialConfig(
             networks=networks,
@@ -679,10 +681,17 @@ def _configs(grid: PruneGrid, depth: int, view_count: int) -> Iterator[TrialConf
             config = replace(config, calibration=None)
         for recover in grid.recover.recoveries():
             yield replace(config, recover=recover and recover.at(bits))
-    yield from _controls(grid)
+    yield from _controls(grid, shape)
 
 
-def _controls(grid: PruneGrid) -> Iterator[TrialConfig]:
+def _networks(
+    scope: NetworkScope | Literal["auto"], size: int | None, bits: str, shape: FieldShape
+) -> NetworkScope:
+    """A scope, where `auto` is one by the size of the file."""
+    return networks_for(size or 0, bits, shape.parameters()) if scope == "auto" else scope
+
+
+def _controls(grid: PruneGrid, shape: FieldShape) -> Iterator[TrialConfig]:
     """What is trained beside a grid's recoveries, for comparison; always from photos."""
     names = grid.recover.controls
     for recover in grid.recover.recoveries():
@@ -702,13 +711,15 @@ def _controls(grid: PruneGrid) -> Iterator[TrialConfig]:
             longer = replace(recover.at("fp32"), source="photos", steps=1)
             yield replace(control, control="dense_longer", recover=longer)
         if "narrow" in names:
-            for size, networks, bits in itertools.product(grid.sizes, grid.networks, grid.bits):
+            for size, scope, bits in itertools.product(grid.sizes, grid.networks, grid.bits):
                 assert control.recover is not None
                 yield replace(
                     control,
                     recover=control.recover.at(bits),
                     control="narrow",
-                    networks="shared" if networks == "shared" else "both",
+                    networks="shared"
+                    if _networks(scope, size, bits, shape) == "shared"
+                    else "both",
                     size=size,
                     bits=bits,
                 )

@@ -37,6 +37,7 @@ FULL = 0.997
 """A file that uses so much of its size is not searched for a better one."""
 HEADER = 1200
 """Bytes of a file beside codes and tables, before one was measured."""
+FIRST_STEP = 1e-4
 COARSEST = 1e9
 """The largest step that is tried."""
 
@@ -100,9 +101,9 @@ def fit_rate(
         return sum(coded_bytes(of.quantize(step)) for of in rated.values())
 
     best: Stepped | None = None
-    header, step = float(HEADER), 1e-4
+    header, step, stride = float(HEADER), FIRST_STEP, 4.0
     for _ in range(ATTEMPTS):
-        step = _finest(coded, size - header, step)
+        step, stride = _finest(coded, size - header, step, stride), 1.02
         quantized = {name: of.quantize(step) for name, of in rated.items()}
         few = {n: Packed(shapes[n], "int8", q.tensors()) for n, q in quantized.items()}
         found = model_size(model, info, few)
@@ -137,23 +138,31 @@ def _weights(
     return s
 
 
-def _finest(coded: Callable[[float], float], allowed: float, step: float) -> float:
+def _finest(coded: Callable[[float], float], allowed: float, step: float, stride: float) -> float:
     """The finest step at which codes and tables take at most so many bytes, or nearly.
 
+    Args:
+        coded: bytes at a step.
+        allowed: how many there may be.
+        step: where to begin.
+        stride: by what factor to go on from there, squared each time.
+
     Raises:
-        BudgetError: none does.
+        BudgetError: no step is coarse enough.
     """
     low = high = step
     taken = coded(step)
     if taken <= allowed:
         while taken <= allowed:
-            high, low, before = low, low / 4, taken
+            high, low, before = low, low / stride, taken
+            stride = min(stride * stride, 16.0)
             taken = coded(low)
             if taken == before:  # every row has all the levels that a code can say
                 return low
     else:
         while True:
-            low, high = high, high * 4
+            low, high = high, high * stride
+            stride = min(stride * stride, 16.0)
             if high > COARSEST:
                 raise BudgetError(
                     f"the biases, scales and codes of these networks take more than {allowed:,.0f} "

@@ -62,12 +62,12 @@ def prune(options: argparse.Namespace) -> int:
     )
     from pruning import allocate
 
-    config = _pruning(options)
     model, scene, info = _open(options)
+    config = _pruning(options, model.fine.shape.parameters())
     _check_output(options.output)
     material = Material()
     if options.size is None:
-        depth = _depth(model, options)
+        depth = _depth(model, config.networks, options)
         config = replace(config, layer_ratios=allocate(config.schedule, depth, config.ratio))
     if config.needs_data:
         views = options.calibration_views or len(scene.train)
@@ -123,14 +123,20 @@ def prune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _pruning(options: argparse.Namespace) -> Any:
+def _pruning(options: argparse.Namespace, parameters: int) -> Any:
     """The options as a pruning; what was not given has the best setting known, or the report's.
+
+    Args:
+        options: of the command.
+        parameters: of one dense network.
 
     Raises:
         OrchestratorError: options that make no sense together.
         PruningError: a name that does not exist.
     """
+    from orchestrator.modelfile import AUTO, RATE, networks_for
     from orchestrator.plan import TrialConfig
+    from orchestrator.spec.schema import BEST
     from pruning import ALLOCATIONS, BUDGETED, COMPENSATIONS, CRITERIA, SCHEMES
     from pruning.registry import lookup
 
@@ -142,7 +148,18 @@ def _pruning(options: argparse.Namespace) -> Any:
     ):
         if given is not None:
             raise OrchestratorError(f"{name} {given} has no meaning here: {instead}")
-    both = options.networks == "both"
+    method = (
+        *(options.networks, options.criterion, options.compensation, options.allocation),
+        *(options.coarse_weight, options.bits),
+    )
+    best: Mapping[str, Any] = BEST if by_size and not any(method) else {}
+    bits = options.bits or best.get("bits", "fp32")
+    networks: Any = options.networks or best.get("networks", "both")
+    if networks == AUTO:
+        if not by_size:
+            raise OrchestratorError("--networks auto goes by the size of the file: give --size")
+        networks = networks_for(options.size, bits, parameters)
+    both = networks == "both"
     if options.coarse_weight is not None and not both:
         raise OrchestratorError("--coarse-weight has a meaning with --networks both alone")
     criterion = options.criterion or ("obs" if by_size else "activation")
@@ -151,14 +168,19 @@ def _pruning(options: argparse.Namespace) -> Any:
     lookup(CRITERIA, criterion, "criterion")
     lookup(COMPENSATIONS, compensation, "compensation")
     lookup(BUDGETED if by_size else ALLOCATIONS, schedule, "allocation")
-    lookup({**SCHEMES, "auto": None}, options.bits, "scheme")
-    if options.bits == "auto" and not (by_size and schedule == "chain"):
+    lookup({**SCHEMES, AUTO: None, RATE: None}, bits, "scheme")
+    if bits == RATE and not (by_size and networks in ("both", "shared")):
+        raise OrchestratorError(
+            "--bits rate makes steps so fine that a whole file has its size: it goes with --size "
+            "and --networks both or shared"
+        )
+    if bits == AUTO and not (by_size and schedule == "chain"):
         raise OrchestratorError(
             "--bits auto shares a size out among widths and bits: it goes with --size and chain"
         )
     weighs = by_size and both and BUDGETED[schedule].needs_paths
     return TrialConfig(
-        networks=options.networks,
+        networks=networks,
         criterion=criterion,
         ratio=options.ratio,
         schedule=schedule,
@@ -167,16 +189,15 @@ def _pruning(options: argparse.Namespace) -> Any:
         seed=options.seed,
         compensation=compensation,
         size=options.size,
-        coarse_weight=(options.coarse_weight or 0.1) if weighs else None,
-        bits=options.bits,
+        coarse_weight=(options.coarse_weight or 0.001) if weighs else None,
+        bits=bits,
+        errors=best.get("errors", "layer"),
     )
 
 
-def _depth(model: Any, options: argparse.Namespace) -> int:
+def _depth(model: Any, networks: str, options: argparse.Namespace) -> int:
     """Hidden layers of the networks to prune, which must agree."""
-    of = {"both": ("coarse", "fine"), "shared": ("fine",)}.get(
-        options.networks, (options.networks,)
-    )
+    of = {"both": ("coarse", "fine"), "shared": ("fine",)}.get(networks, (networks,))
     depths = {len(model.networks()[name].shape.trunk) for name in of}
     if len(depths) > 1:
         raise OrchestratorError(

@@ -169,15 +169,15 @@ def _model_commands(command: Callable[..., Any]) -> None:
         "--size",
         type=_size,
         metavar="BYTES",
-        help="the most that the model file may have, e.g. 500kB; everything else then has the best "
-        "setting known",
+        help="the most that the model file may have, e.g. 500kB; without more said of the method, "
+        "the best one known",
     )
     prune.add_argument("--criterion", help="scoring rule (activation; obs with --size)")
     prune.add_argument(
         "--networks",
-        choices=("coarse", "fine", "both", "shared"),
-        default="both",
-        help="which; shared: the fine one alone, for both passes (both)",
+        choices=("coarse", "fine", "both", "shared", "auto"),
+        help="which; shared: the fine one alone, for both passes; auto: one of these two, by the "
+        "size (both)",
     )
     prune.add_argument("--schedule", help="spread of a ratio over the layers (uniform)")
     prune.add_argument("--allocation", help="how a size is shared out (chain)")
@@ -189,10 +189,11 @@ def _model_commands(command: Callable[..., Any]) -> None:
         type=_coarse_weight,
         metavar="X",
         help="how much errors of the coarse network count, with --size; auto: chosen on "
-        "validation rays (0.1)",
+        "validation rays (0.001)",
     )
     prune.add_argument(
-        "--bits", default="fp32", help="how weights are stored: fp16, int8, auto, … (fp32)"
+        "--bits",
+        help="how weights are stored: fp16, int8, auto, rate, … (fp32; rate with --size alone)",
     )
     prune.add_argument(
         "--calibration-views", type=_count, metavar="N", help="training views (all of them)"

@@ -51,6 +51,8 @@ def _with_ratios(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if "rate" in _names(grid, "bits", "fp32"):
         yield "bits", "`rate` makes steps so fine that a file has its size; it goes with `sizes`"
+    if "auto" in _names(grid, "networks", "both"):
+        yield "networks", "`auto` goes by the size of the file: it is for a grid with `sizes`"
     yield from _of_channels(grid, "activation")
     if "pixel" in _names(grid, "errors", "layer") and "obs" not in _names(
         grid, "criteria", "activation"
@@ -64,10 +66,10 @@ def _with_sizes(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "schedules",
             "schedules spread a ratio and sizes have none; `allocations` share out a size",
         )
-    if "coarse_weight" in grid and "both" not in _names(grid, "networks", "both"):
+    if "coarse_weight" in grid and not {"both", "auto"} & {*_names(grid, "networks", "both")}:
         yield (
             "coarse_weight",
-            "only `networks: both` shares a size out between two networks",
+            "only `networks: both` (or `auto`) shares a size out between two networks",
         )
     if "auto" in _names(grid, "bits", "fp32") and {*_names(grid, "allocations", "chain")} != {
         "chain"
@@ -90,6 +92,8 @@ def _with_sizes(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _with_masks(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "auto" in _names(grid, "networks", "both"):
+        yield "networks", "`auto` goes by the size of the file: it is for a grid with `sizes`"
     for key in ("schedules", "allocations", "coarse_weight", "compensation", "errors"):
         if key in grid:
             yield (

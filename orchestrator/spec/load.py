@@ -408,7 +408,7 @@ _LATER: dict[str, Any] = {
     "compensation": ["none"],
     "sizes": [],
     "allocations": ["chain"],
-    "coarse_weight": [0.1],
+    "coarse_weight": [0.001],
     "bits": ["fp32"],
     "masks": [],
     "errors": ["layer"],

@@ -483,19 +483,40 @@ class RecoverSection(_Section):
     ] = ["dense_longer", "narrow"]
 
 
+METHOD = {
+    *("networks", "criteria", "compensation", "allocations", "coarse_weight", "bits", "errors"),
+    "recover",
+}
+"""What says something of the method, in a grid of sizes."""
+
+BEST: dict[str, Any] = {
+    "networks": "auto",
+    "criteria": "obs",
+    "compensation": "obs",
+    "bits": "rate",
+    "errors": "pixel",
+}
+"""The best method known without training again: docs/results/methods.md."""
+
+
 class PruneSection(_Section):
     """One grid of prunings: every combination is a trial.
 
     A grid removes fractions of the channels (`ratios`, spread by `schedules`), prunes to the size
     of the model file (`sizes`, shared out by `allocations`), or sets single weights to 0 (`masks`).
+    Where a grid of `sizes` says nothing of the method (none of `networks`, `criteria`,
+    `compensation`, `allocations`, `coarse_weight`, `bits`, `errors`, `recover`), it has the best
+    one known: `networks: auto`, `bits: rate`, `errors: pixel`. Where it says something, the rest is
+    at the defaults below, with `obs` for `criteria` and `compensation`.
     """
 
     networks: Annotated[
-        list[Literal["coarse", "fine", "both", "shared"]],
+        list[Literal["coarse", "fine", "both", "shared", "auto"]],
         Listed,
         Field(
             min_length=1,
-            description="which are pruned; `shared`: the fine one alone, for both passes",
+            description="which are pruned; `shared`: the fine one alone, for both passes; `auto`, "
+            "with sizes: both where the file holds them whole, else shared",
         ),
     ] = ["both"]
     criteria: Annotated[
@@ -543,7 +564,7 @@ class PruneSection(_Section):
             description="how much errors of the coarse network count, with sizes; `auto`: chosen "
             "on validation rays",
         ),
-    ] = [0.1]
+    ] = [0.001]
     bits: Annotated[
         list[Bits], Listed, Field(min_length=1, description="how the file stores its weights")
     ] = ["fp32"]
@@ -568,7 +589,9 @@ class PruneSection(_Section):
     @model_validator(mode="before")
     @classmethod
     def _best_for_sizes(cls, data: Any) -> Any:
-        """A grid of sizes that says no more gets the best method known."""
+        """A grid of sizes that says nothing of the method gets the best one known."""
+        if isinstance(data, dict) and "sizes" in data and not METHOD & data.keys():
+            return {**BEST, **data}
         if isinstance(data, dict) and "sizes" in data:
             return {"criteria": "obs", "compensation": "obs", **data}
         if isinstance(data, dict) and "masks" in data:

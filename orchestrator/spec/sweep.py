@@ -43,7 +43,8 @@ class PruneGrid:
     Every combination of its axes is a trial.
 
     Attributes:
-        networks: which networks are pruned; ``shared`` is the fine one, used for both passes.
+        networks: which networks are pruned; ``shared`` is the fine one, used for both passes, and
+            ``auto`` with sizes one of the two.
         criteria: names of scoring rules.
         ratios: fractions of channels to remove, in [0, 1); empty in other grids.
         schedules: how a ratio is spread over the layers: a name, or one ratio a hidden layer
@@ -60,7 +61,7 @@ class PruneGrid:
         recover: the trainings after pruning.
     """
 
-    networks: tuple[NetworkScope, ...]
+    networks: tuple[NetworkScope | Literal["auto"], ...]
     criteria: tuple[str, ...]
     ratios: tuple[float, ...]
     schedules: tuple[Schedule, ...]
@@ -68,7 +69,7 @@ class PruneGrid:
     compensations: tuple[str, ...] = ("none",)
     sizes: tuple[int, ...] = ()
     allocations: tuple[str, ...] = ("chain",)
-    coarse_weights: tuple[float | Literal["auto"], ...] = (0.1,)
+    coarse_weights: tuple[float | Literal["auto"], ...] = (0.001,)
     bits: tuple[str, ...] = ("fp32",)
     masks: tuple[float | str, ...] = ()
     errors: tuple[Errors, ...] = ("layer",)

@@ -77,10 +77,19 @@ def trials_of(tmp_path: Path, *grids: dict[str, Any]) -> tuple[Trial, ...]:
 
 
 def test_a_grid_of_sizes_gets_the_best_method_by_default(tmp_path: Path) -> None:
-    (trial,) = trials_of(tmp_path, {"sizes": "20kB"})
+    small, large = trials_of(tmp_path, {"sizes": [1_000, 20_000]})
+    # Both networks where the file holds both at 5 bits a weight, else the fine one for both passes.
+    assert (small.config.networks, large.config.networks) == ("shared", "both")
+    assert (small.config.coarse_weight, large.config.coarse_weight) == (None, 0.001)
+    assert {(t.config.bits, t.config.errors) for t in (small, large)} == {("rate", "pixel")}
+    assert large.config.needs.moments == ("curvature", "gram")
+
+
+def test_a_grid_of_sizes_that_names_a_method_keeps_to_it(tmp_path: Path) -> None:
+    (trial,) = trials_of(tmp_path, {"sizes": "20kB", "networks": "both"})
     config = trial.config
     assert (config.criterion, config.compensation, config.schedule) == ("obs", "obs", "chain")
-    assert (config.size, config.coarse_weight, config.bits) == (20_000, 0.1, "fp32")
+    assert (config.size, config.coarse_weight, config.bits) == (20_000, 0.001, "fp32")
     assert config.ratio is None
     assert not config.layer_ratios
     flat = config.flat()
@@ -124,7 +133,7 @@ def test_a_method_is_named_by_what_is_not_at_its_default(tmp_path: Path) -> None
     grids = (
         {"ratios": 0.5},
         {"ratios": 0.5, "criteria": "magnitude", "bits": "int8"},
-        {"sizes": "20kB", "calibration": {"weighting": "render"}},
+        {"sizes": "20kB", "bits": "fp32", "calibration": {"weighting": "render"}},
     )
     trials = trials_of(tmp_path, *grids)
     assert [method_of(t.config.flat()) for t in trials] == [
@@ -185,6 +194,8 @@ def record_of(trial: Trial) -> Record:
             "prune[0].bits",
             "trains the rounded weights",
         ),
+        ({"ratios": 0.5, "networks": "auto"}, "prune[0].networks", "a grid with `sizes`"),
+        ({"masks": 0.5, "networks": "auto"}, "prune[0].networks", "a grid with `sizes`"),
         ({"ratios": 0.5, "bits": "rate"}, "prune[0].bits", "it goes with `sizes`"),
         ({"masks": 0.5, "bits": "rate"}, "prune[0].bits", "move the zeros"),
         (
@@ -260,7 +271,7 @@ def test_statistics_are_known_by_what_they_hold(tmp_path: Path) -> None:
         return {t.statistics for t in trials_of(tmp_path, *grids)}
 
     mean, gram = {"ratios": 0.5}, {"ratios": 0.5, "compensation": "least_squares"}
-    budget = {"sizes": 9000}
+    budget = {"sizes": 9000, "networks": "both"}
     each = [statistics(g) for g in (mean, gram, budget, {**budget, "criteria": "wanda"})]
     each.append(statistics({**gram, "calibration": {"weighting": "render"}}))
     assert all(len(keys) == 1 for keys in each)
@@ -272,7 +283,7 @@ def test_statistics_are_known_by_what_they_hold(tmp_path: Path) -> None:
 def test_passes_are_apart_by_weighting_and_collect_what_is_needed(tmp_path: Path) -> None:
     sweep = sweep_of(
         {"ratios": 0.5, "criteria": ["activation", "wanda"]},
-        {"sizes": 9000, "calibration": {"weighting": "render"}},
+        {"sizes": 9000, "networks": "both", "calibration": {"weighting": "render"}},
     )
     one, two = make_plan(sweep, Store(tmp_path / "out")).calibrations
     assert (one.weighting, one.needs) == ("uniform", Needs(("mean", "square"), "trunk"))
@@ -539,7 +550,12 @@ GRIDS: list[dict[str, Any]] = [
     {"sizes": 15_000, "criteria": "activation", "allocations": "aap", **DEMO},
     {"sizes": 15_000, "errors": "pixel", **DEMO},
     {"ratios": 0.5, "criteria": "obs", "compensation": "obs", "errors": "pixel", **DEMO},
-    {"sizes": 15_000, "calibration": {**DEMO["calibration"], "weighting": "detail"}},
+    {
+        "sizes": 15_000,
+        "networks": "both",
+        "calibration": {**DEMO["calibration"], "weighting": "detail"},
+    },
+    {"sizes": 4600, **DEMO},
     {
         "masks": [0.5, "2:4"],
         "criteria": ["magnitude", "wanda", "ria", "sparsegpt"],
@@ -608,7 +624,7 @@ def test_bits_are_chosen_layer_by_layer(done: Done) -> None:
 def test_one_step_makes_files_of_their_sizes(done: Done) -> None:
     bench, plan, store = done
     trials = [t for t in plan.trials if t.config.bits == "rate"]
-    assert len(trials) == 4
+    assert len(trials) == 5
     for trial in trials:
         _, metadata = read_tensors(store.folder("trial", trial.key) / MODEL)
         assert {*metadata["schemes"].values()} == {"int8"}  # type: ignore[attr-defined]
@@ -617,7 +633,7 @@ def test_one_step_makes_files_of_their_sizes(done: Done) -> None:
         assert all(field.shape.feature <= field.shape.view for field in model.networks().values())
     config = trials[0].config
     hopeless = replace(trials[0], key="0" * 16, config=replace(config, size=700))
-    with pytest.raises(BudgetError, match="one channel a layer"):
+    with pytest.raises(BudgetError, match="700 bytes is too small"):
         bench.prune(hopeless, Stopwatch())
 
 
@@ -688,12 +704,25 @@ def prune_command(done: Done, output: Path, *options: str) -> int:
 
 def test_a_size_alone_gives_the_best_method(done: Done, tmp_path: Path) -> None:
     output = tmp_path / "small.safetensors"
-    assert prune_command(done, output, "--size", "12kB") == 0
+    assert prune_command(done, output, "--size", "4600") == 0
+    said = load_model(output)[1]["pruning"]
+    assert (said["bits"], said["errors"], said["networks"]) == ("rate", "pixel", "both")
+    # It is what a sweep would have made, but for its header.
+    _, plan, store = done
+    trial = next(t for t in plan.trials if (t.config.size, t.config.errors) == (4600, "pixel"))
+    assert trial.config.networks == "both"
+    size = (store.folder("trial", trial.key) / MODEL).stat().st_size
+    assert abs(output.stat().st_size - size) < 300
+
+
+def test_a_size_and_networks_give_the_best_of_float32(done: Done, tmp_path: Path) -> None:
+    output = tmp_path / "small.safetensors"
+    assert prune_command(done, output, "--size", "12kB", "--networks", "both") == 0
     assert output.stat().st_size <= 12_000
     loaded, info = load_model(output)
     said = info["pruning"]
     assert (said["criterion"], said["allocation"], said["compensation"]) == ("obs", "chain", "obs")
-    assert (said["coarse_weight"], said["size"]) == (0.1, 12_000)
+    assert (said["coarse_weight"], said["size"]) == (0.001, 12_000)
     # It is what a sweep would have made.
     _, plan, store = done
     trial = next(
@@ -730,7 +759,11 @@ def test_the_command_knows_bits_shared_networks_and_compensation(
         (("--ratio", "0.5", "--criterion", "taylr"), "did you mean 'taylor'?"),
         (("--ratio", "0.5", "--bits", "auto"), "goes with --size"),
         (("--ratio", "0.5", "--compensation", "obss"), "did you mean 'obs'?"),
-        (("--size", "1000"), "too small"),
+        (("--size", "1000"), "1,000 bytes is too small"),
+        (("--size", "1000", "--bits", "fp32"), "1,000 bytes is too small"),
+        (("--ratio", "0.5", "--bits", "rate"), "goes with --size"),
+        (("--size", "9kB", "--bits", "rate", "--networks", "fine"), "both or shared"),
+        (("--ratio", "0.5", "--networks", "auto"), "give --size"),
     ],
 )
 def test_odd_options_are_refused(
