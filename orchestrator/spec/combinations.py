@@ -108,7 +108,7 @@ def _with_masks(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{name!r} scores channels; single weights are scored by {', '.join(SPARSE)}",
             )
     for name in _names(grid, "bits", "fp32"):
-        if name == "rate" or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
+        if name in ("auto", "rate") or (name in SCHEMES and not SCHEMES[name].keeps_zeros):
             yield (
                 "bits",
                 f"{name!r} would move the zeros of a mask; fp32, fp16, bf16 and int2 to int8 keep "

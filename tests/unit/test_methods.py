@@ -189,11 +189,6 @@ def record_of(trial: Trial) -> Record:
             "prune[0].bits",
             "allocation `chain`",
         ),
-        (
-            {"sizes": 9000, "bits": "auto", "recover": {"iterations": 5}},
-            "prune[0].bits",
-            "trains the rounded weights",
-        ),
         ({"ratios": 0.5, "networks": "auto"}, "prune[0].networks", "a grid with `sizes`"),
         ({"masks": 0.5, "networks": "auto"}, "prune[0].networks", "a grid with `sizes`"),
         ({"ratios": 0.5, "bits": "rate"}, "prune[0].bits", "it goes with `sizes`"),
