@@ -1,8 +1,10 @@
 """The tutorial, from photos that COLMAP placed to a shipped model, with fewer iterations."""
 
 import os
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,28 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     assert "models:/prunefield@my-scene" in done.stdout
     assert (tmp_path / "small.safetensors").stat().st_size <= 10**6
     assert (tmp_path / "view.png").is_file()
+    assert (tmp_path / "small.onnx").is_file()
+    for served in (
+        ["ui", "my-scene.yaml"],
+        ["view", "small.safetensors", "--scene", "my-scene", "--port", "8099"],
+    ):
+        answers(served, tmp_path, {**os.environ, "PATH": programs, "PYTHONPATH": str(ROOT)})
+
+
+def answers(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """A command that serves a page until Ctrl-C: the page is there, and Ctrl-C ends it."""
+    with subprocess.Popen(
+        ["prunefield", *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        address = said.split("http://")[-1].split()[0]
+        with urllib.request.urlopen(f"http://{address}", timeout=60) as page:
+            assert page.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130), command

@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from nerf.scenes import write_demo_scene
+from nerf.checkpoints import save_model
+from nerf.field import FieldShape, SampleCounts
+from nerf.interchange import export_tar
+from nerf.scenes import SceneSettings, load_scene, write_demo_scene
+from nerf.training import Recipe, Trainer
 from orchestrator.plan import make_plan
 from orchestrator.sweep import open_sweep
 from tests.unit.record_builder import save, training_record, trial_record
-from tests.unit.sweep_builder import mapping, text
+from tests.unit.sweep_builder import HOLDOUT, mapping, text
+
+# Square after the first layer and without a skip: what a nerf-pytorch .tar can hold.
+SHAPE = FieldShape((8, 8, 8), None, 8, 4, point_octaves=3, direction_octaves=1)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +44,7 @@ def write_results(tmp_path: Path, demo_folder: Path) -> Callable[..., Path]:
         settings = mapping(
             name=name,
             storage=str(tmp_path / "out"),
-            scene={"path": str(demo_folder), "format": "llff", "holdout": 19},
+            scene={"path": str(demo_folder), "format": "llff", "holdout": HOLDOUT},
             **changes,
         )
         path = tmp_path / f"{name}.yaml"
@@ -57,3 +64,17 @@ def write_results(tmp_path: Path, demo_folder: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo scene and one model of it in both formats, trained for a moment."""
+    folder = tmp_path_factory.mktemp("cli")
+    scene = write_demo_scene(folder / "demo")
+    loaded = load_scene(SceneSettings(path=scene, holdout=HOLDOUT))
+    trainer = Trainer(loaded, SHAPE, SampleCounts(8, 8), Recipe(iterations=5, rays=32), seed=0)
+    trainer.advance(5)
+    model, tar = folder / "model.safetensors", folder / "model.tar"
+    save_model(model, trainer.model, {"scene": {"holdout": HOLDOUT, "ndc": True, "factor": None}})
+    export_tar(tar, trainer.model, 5)
+    return {"scene": scene, "model": model, "tar": tar}

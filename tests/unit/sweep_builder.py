@@ -10,6 +10,8 @@ import yaml
 
 from orchestrator.spec import Sweep, read_text
 
+HOLDOUT = 19  # of the demo scene's 20 views: two are held out
+
 TINY: dict[str, Any] = {
     "name": "tiny",
     "scene": {"format": "demo", "holdout": 8},

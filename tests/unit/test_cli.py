@@ -17,14 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from nerf.checkpoints import load_model, save_model
 from nerf.field import FieldShape, NerfModel, SampleCounts
-from nerf.interchange import export_tar
-from nerf.scenes import load_scene, write_demo_scene
-from nerf.scenes.settings import SceneSettings
-from nerf.training import Recipe, Trainer
 from orchestrator.cli import main
 from orchestrator.cli.parser import build_parser
 from pruning import CRITERIA
-from tests.unit.sweep_builder import mapping, text
+from tests.unit.sweep_builder import HOLDOUT, mapping, text
 
 COMMANDS = (
     "validate",
@@ -47,9 +43,6 @@ COMMANDS = (
     "logs",
     "stop",
 )
-HOLDOUT = 19  # of 20 views: two are held out
-# Square after the first layer and without a skip: what a nerf-pytorch .tar can hold.
-SHAPE = FieldShape((8, 8, 8), None, 8, 4, point_octaves=3, direction_octaves=1)
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
@@ -60,20 +53,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo scene and one model of it in both formats, trained for a moment."""
-    folder = tmp_path_factory.mktemp("cli")
-    scene = write_demo_scene(folder / "demo")
-    loaded = load_scene(SceneSettings(path=scene, holdout=HOLDOUT))
-    trainer = Trainer(loaded, SHAPE, SampleCounts(8, 8), Recipe(iterations=5, rays=32), seed=0)
-    trainer.advance(5)
-    model, tar = folder / "model.safetensors", folder / "model.tar"
-    save_model(model, trainer.model, {"scene": {"holdout": HOLDOUT, "ndc": True, "factor": None}})
-    export_tar(tar, trainer.model, 5)
-    return {"scene": scene, "model": model, "tar": tar}
 
 
 Run = Callable[..., tuple[int, str, str]]

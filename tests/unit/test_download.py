@@ -15,6 +15,7 @@ from PIL import Image
 
 from nerf.errors import DownloadError
 from nerf.scenes import PUBLIC_SCENES, SceneSettings, fetch_scene, load_scene, public, transfer
+from orchestrator.cli import main
 
 
 def png(seed, width=24, height=16):
@@ -143,6 +144,13 @@ def test_a_scene_arrives_whole_and_loads(room, tmp_path):
     assert names(folder) == expected
     assert load_scene(SceneSettings(folder)).images.shape == (9, 16, 24, 3)
     assert [entry.name for entry in tmp_path.iterdir()] == ["nerf_llff_data"]
+
+
+def test_the_command_fetches_and_names_the_terms(room, tmp_path, capsys):
+    assert main(["fetch", "room", "-o", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "nerf_llff_data" / "room")
+    assert PUBLIC_SCENES["room"].terms in said.err
 
 
 def test_an_argument_overrides_the_mirror_of_the_environment(room, tmp_path, monkeypatch):
