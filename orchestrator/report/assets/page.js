@@ -449,7 +449,8 @@
     const dense = data.models.find((m) => m.role === "dense" && m.training === model.training);
     const m = model.m, d = dense ? dense.m : {};
     const parts = [h("h3", {}, label(model)), h("p", { class: "soft" }, model.kind === "trial" ? "trial " : "",
-      h("code", {}, model.id), model.front ? " · on the front" : "")];
+      h("code", {}, model.id), model.front ? " · on the front" : "",
+      m.validation_psnr === undefined ? "" : ` · ${m.validation_psnr.toFixed(2)} dB on validation rays`)];
     const number = (value, text, name, more) => value === undefined || value === null ? null
       : h("div", {}, h("b", {}, text), h("span", {}, name + (more ? ` · ${more}` : "")));
     const numbers = [
@@ -457,8 +458,6 @@
         d.psnr !== undefined && model !== dense ? signed(m.psnr - d.psnr, 2) + " dB" : ""),
       number(m.size_bytes, bytes(m.size_bytes || 0), "file",
         d.size_bytes && model !== dense ? "÷ " + (d.size_bytes / m.size_bytes).toFixed(1) : ""),
-      number(m.validation_psnr, m.validation_psnr === undefined ? "" : m.validation_psnr.toFixed(2) + " dB",
-        "on validation rays"),
       number(m.ssim, m.ssim === undefined ? "" : m.ssim.toFixed(3), "SSIM"),
       number(m.mse, m.mse === undefined ? "" : m.mse.toPrecision(3), "MSE"),
       number(m.render_seconds, seconds(m.render_seconds || 0), "a view"),
