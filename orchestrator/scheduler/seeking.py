@@ -20,21 +20,22 @@ from orchestrator.spec import Sweep
 from orchestrator.store import Store
 
 if TYPE_CHECKING:  # Optuna is imported by the actor alone
-    from orchestrator.search.search import Ended, Search, Step
+    from orchestrator.search.lasting import LastingSearch
+    from orchestrator.search.search import Ended, Step
 
 
 class _Seeker:
-    """The actor: a `Search`, made with the first step."""
+    """The actor: a search, made with the first step."""
 
     def __init__(self, sweep: Sweep, plan: SearchPlan, store: Store) -> None:
         self._arguments = sweep, plan, store
-        self._search: Search | None = None
+        self._search: LastingSearch | None = None
 
     def advance(self, ended: "list[Ended]") -> "Step":
         if self._search is None:
-            from orchestrator.search.search import Search  # noqa: PLC0415  see above
+            from orchestrator.search.lasting import LastingSearch  # noqa: PLC0415  see above
 
-            self._search = Search(*self._arguments)
+            self._search = LastingSearch(*self._arguments)
         step = self._search.advance(ended)
         _, plan, store = self._arguments
         write_summary(plan, store, self._search.summary())

@@ -341,6 +341,15 @@ def _entry(trial: FrozenTrial) -> Entry | None:
     )
 
 
+def why_away(error: BaseException) -> str | None:
+    """Why a study's database cannot be used now; None if the error says nothing of one."""
+    away = sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, SearchError
+    if not isinstance(error, away):
+        return None
+    said = str(error.__cause__ or error).strip() or type(error).__name__
+    return said.splitlines()[0]
+
+
 def _mix(seed: int, round_: int) -> int:
     return (seed * 1_000_003 + round_ * 7_919 + 1) % 2**31
 

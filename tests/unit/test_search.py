@@ -11,10 +11,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
 
 from orchestrator.errors import SearchError
 from orchestrator.plan import SearchPlan, Trial, make_plan
+from orchestrator.search import lasting
+from orchestrator.search.lasting import LastingSearch
 from orchestrator.search.search import Search, study_url
+from orchestrator.search.study import Study
 from orchestrator.search.summary import is_finished, searched, write_summary
 from orchestrator.spec import Sweep
 from orchestrator.store import Store
@@ -77,7 +82,7 @@ class Desk:
                     metrics=metrics, views=()),
         )  # fmt: skip
 
-    def drive(self, search: Search, most: int | None = None) -> list[Trial]:
+    def drive(self, search: Search | LastingSearch, most: int | None = None) -> list[Trial]:
         """Run trials to the end, or so many of them; gives the final front."""
         step = search.advance([])
         todo = list(step.trials)
@@ -454,6 +459,53 @@ def test_a_database_that_cannot_be_used_says_so(
     with pytest.raises(SearchError, match="SQLAlchemy URL") as error:
         desk.search()
     assert "secret" not in str(error.value)
+
+
+def test_a_database_that_is_away_for_a_while_changes_nothing(
+    desk: Desk, tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.drive(desk.search())
+    monkeypatch.setattr(lasting, "RETRY_SECONDS", 0.0)
+    other, calls = Desk(tmp_path / "other", demo_folder), Counter[str]()
+
+    def unsteady(name: str) -> None:
+        real = getattr(Study, name)
+
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            if calls[name] % 5 == 2:
+                raise OperationalError("synthetic", {}, Exception("the database restarts"))
+            found = real(*given)
+            if calls[name] % 5 == 4:  # it was written, and nobody heard of it
+                raise StorageInternalError("synthetic")
+            return found
+
+        monkeypatch.setattr(Study, name, call)
+
+    for name in ("add", "tell", "entries"):
+        unsteady(name)
+    other.drive(LastingSearch(other.sweep, other.plan, other.store))
+    monkeypatch.undo()
+    assert min(calls.values()) > 3
+    assert other.told() == desk.told()
+    assert sorted(other.ran) == sorted(desk.ran)
+
+
+def test_a_database_that_stays_away_ends_the_search_with_a_clear_error(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lasting, "AWAY_SECONDS", 0.05)
+    monkeypatch.setattr(lasting, "RETRY_SECONDS", 0.02)
+    search = LastingSearch(desk.sweep, desk.plan, desk.store)
+    step = search.advance([])
+
+    def away(*_: Any) -> None:
+        raise OperationalError("synthetic", {}, Exception("the database restarts"))
+
+    monkeypatch.setattr(Study, "tell", away)
+    desk.run(step.trials[0])
+    with pytest.raises(SearchError, match=r"cannot be used for .* s now.*run again"):
+        search.advance([(step.trials[0].key, None)])
 
 
 def test_the_dashboard_opens_a_study_under_way(desk: Desk) -> None:
