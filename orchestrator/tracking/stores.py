@@ -42,6 +42,9 @@ GONE = (
     requests.Timeout,
 )
 NOISY = ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics")
+# What MLflow says of a database that is away, with a traceback, before it raises what we tell of.
+for _name in NOISY[1:]:
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -145,7 +148,7 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(max(logger.level, logging.WARNING))
     try:
         yield
     finally:

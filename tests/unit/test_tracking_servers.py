@@ -97,7 +97,9 @@ def test_several_writers_share_one_database(database: Postgres, tmp_path: Path) 
         assert_each_once(runs_of(database.uri, info), records)
 
 
-def test_a_database_that_restarts_gets_everything_once(database: Postgres, tmp_path: Path) -> None:
+def test_a_database_that_restarts_gets_everything_once(
+    database: Postgres, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     info = replace(INFO, hash="cd34" * 4)
     store, records = filled(tmp_path, 8)
     with tracking(database.uri, store, info) as logger:
@@ -114,6 +116,7 @@ def test_a_database_that_restarts_gets_everything_once(database: Postgres, tmp_p
         assert logger.flush(timeout=60)
     assert logger.unlogged == ()
     assert_each_once(runs_of(database.uri, info), records)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_password_is_nowhere_to_be_read(
