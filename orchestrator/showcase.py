@@ -35,7 +35,11 @@ def gallery_of(data: ReportData) -> Gallery:
             "trials.json": _table([*data.done, *data.baselines]),
         },
         params=tuple(axes[:MAX_AXES]),
-        renders=tuple(dict.fromkeys(f"render/{image.path.stem}" for image in images)),
+        side_by_side={
+            r.key: image
+            for r in (*data.dense, *front)
+            if (image := _image(data, r, "side by side", 0)) is not None
+        },
     )
 
 

@@ -8,7 +8,7 @@ version 3.17's page, checked in a browser. A version that reads it otherwise say
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,14 @@ class Gallery:
         images: its grids of pictures.
         tables: by file name, rows by column.
         params: what to draw as axes of the parallel coordinates, besides size and PSNR.
-        renders: keys of the pictures that the runs of the trials have.
+        side_by_side: a picture of each run of the front and of the dense models, by the record's
+            key: all at step 0, so that the charts page shows them beside each other.
     """
 
     images: tuple[GridImage, ...] = ()
     tables: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
     params: tuple[str, ...] = ()
-    renders: tuple[str, ...] = ()
+    side_by_side: Mapping[str, GridImage] = field(default_factory=dict)
 
 
 def view_key(sweep_hash: str, which: str) -> str:
@@ -73,6 +74,7 @@ def views(parent: str, sweep_hash: str, gallery: Gallery) -> dict[str, str]:
 
 
 def _view(where: str, gallery: Gallery) -> str:
+    keys = sorted({image.key for image in gallery.side_by_side.values()})
     size, psnr = ({"key": k, "type": "METRIC"} for k in ("size_bytes", "psnr"))
     charts: list[dict[str, Any]] = [
         {"type": "SCATTER", "xaxis": size, "yaxis": psnr, "displayName": "size against PSNR"},
@@ -89,7 +91,7 @@ def _view(where: str, gallery: Gallery) -> str:
             "dataAccessKey": "psnr",
             "displayName": "PSNR",
         },
-        {"type": "IMAGE", "imageKeys": list(gallery.renders), "step": 0, "showRunParams": False},
+        {"type": "IMAGE", "imageKeys": keys, "step": 0, "showRunParams": False},
     ]
     for number, chart in enumerate(charts):
         chart |= {

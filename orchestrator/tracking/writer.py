@@ -407,6 +407,11 @@ class RunWriter:
         for key, value in views(self.parent, self.info.hash, gallery).items():
             if len(value) <= names.MAX_TAG:
                 self.client.set_experiment_tag(self.experiment_id, key, value)
+        for key, image in gallery.side_by_side.items():
+            child = self.children.get(key)
+            if child is not None and child.tags.get(names.BESIDE) != image.key:
+                self._log_picture(child.run_id, image.path, image.key, image.step)
+                self._tag(key, {names.BESIDE: image.key})
         shown = [(i.key, i.step, i.path.parents[1].name) for i in gallery.images]
         digest = content_key({"images": shown})
         run = self.client.get_run(self.parent)

@@ -503,6 +503,13 @@ def test_the_sweeps_run_carries_pictures_tables_and_views_of_the_front(store: St
     chosen = seen.client.search_runs([seen.experiment_id], state["searchFilter"])
     assert {r.data.tags[names.KEY] for r in chosen} == {dense.key, *(t.key for t in trials)}
     assert state["runsHiddenMode"] == "SHOW_ALL"
+    (grid,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE"]
+    (key,) = grid["imageKeys"]
+    for run in seen.runs:
+        shown = [f for f in seen.files(run, "images") if key.replace("/", "~") in f]
+        on_front = run.data.tags.get(names.KEY) in {dense.key, *(t.key for t in trials)}
+        assert len(shown) == (2 if on_front else 0)  # with its thumbnail, at the grid's one step
+        assert all(f"+step+{grid['step']}+" in f for f in shown)
 
     log([t.key for t in trials])  # the same again
     assert pictures() == once
