@@ -25,7 +25,7 @@ from orchestrator.modelfile import (
     packed,
 )
 from orchestrator.plan import TrialConfig
-from orchestrator.ratefit import PRICE, fit_rate
+from orchestrator.ratefit import LEAST_BITS, Stepped, fit_rate, price_at
 from pruning import (
     BUDGETED,
     SCHEMES,
@@ -478,22 +478,52 @@ def _fit_by_rate(
     material: Material,
     info: Mapping[str, Any],
 ) -> Fitted:
-    """Remove channels where the size leaves too few bits a weight, and round the rest to fit."""
+    """Remove channels where the size leaves too few bits a weight, and round the rest to fit.
+
+    How few is chosen on validation rays where there are some.
+    """
+    best: tuple[float, Fitted] | None = None
+    tried: set[tuple[int, ...]] = set()
+    for bits in LEAST_BITS if material.validate is not None else LEAST_BITS[:1]:
+        stepped, pruned = _rounded_at(bits, dense, networks, config, material, info)
+        widths = tuple(int(k.sum()) for of in pruned.values() for k in of.keep.values())
+        if widths in tried:
+            continue
+        tried.add(widths)
+        fitted = Fitted(stepped.size, stepped.model, stepped.few, pruned, config.bits)
+        if material.validate is None:
+            return fitted
+        score = material.validate(stepped.stored())
+        if best is None or score > best[0]:
+            best = score, fitted
+    if best is None:
+        raise ValueError("there are no rates to choose from")
+    return best[1]
+
+
+def _rounded_at(
+    bits: float,
+    dense: NerfModel,
+    networks: Mapping[str, Network],
+    config: TrialConfig,
+    material: Material,
+    info: Mapping[str, Any],
+) -> tuple[Stepped, dict[str, Pruned]]:
+    """Prune to so many bits a weight, and round what is left to the size of the file."""
     statistics = material.statistics or {}
     rounding = {"coarse": ROUNDING_WEIGHT, "fine": 1.0}
-    ranking = _ranking(networks, config, material)
     size = budget = config.size or 0
     while True:
         try:
             pruned = shrink(
                 networks,
                 statistics,
-                Budget(budget, PRICE),
+                Budget(budget, price_at(bits)),
                 criterion=config.criterion,
                 allocation=config.schedule,
                 compensation=config.compensation,
                 error_weights=_omega(config),
-                ranking=ranking,
+                ranking=_ranking(networks, config, material),
                 batches=material.batches(networks),
             )
         except BudgetError as error:
@@ -506,14 +536,15 @@ def _fit_by_rate(
             return with_fields(dense, config.networks, parts)
 
         try:
-            fitted = fit_rate(
-                networks, pruned, statistics, material.samples, rounding, size, assemble, info
+            return (
+                fit_rate(
+                    networks, pruned, statistics, material.samples, rounding, size, assemble, info
+                ),
+                pruned,
             )
         except BudgetError:
             # Too many biases, scales and tables for so small a file: fewer channels.
             budget = budget * 3 // 4
-            continue
-        return Fitted(fitted.size, fitted.model, fitted.few, pruned, config.bits)
 
 
 def _attempts(

@@ -1,6 +1,6 @@
 """A file of a size whose weights share one step, `bits: rate`: see `pruning.rate`.
 
-Channels are removed first where the size leaves fewer than `LEAST_BITS` for each weight. Then one
+Channels are removed first where the size leaves few bits for each weight (`LEAST_BITS`). Then one
 step D serves all weights, and it is sought until the file has its size.
 """
 
@@ -26,11 +26,9 @@ from pruning import (
     narrow_linear,
 )
 
-LEAST_BITS = 2.5
-"""Bits a weight below which removing channels is better than coarser steps."""
-
-PRICE = Price(LEAST_BITS / 8, 4)
-"""What weights and outputs take at that point, in bytes."""
+LEAST_BITS = (3.0, 2.0, 2.5, 3.5)
+"""Bits a weight below which channels are removed rather than steps made coarser. Which is best
+depends on the size, so it is chosen on validation rays; the first where there are none."""
 
 ATTEMPTS = 4
 FULL = 0.997
@@ -40,6 +38,11 @@ HEADER = 1200
 FIRST_STEP = 1e-4
 COARSEST = 1e9
 """The largest step that is tried."""
+
+
+def price_at(bits: float) -> Price:
+    """What weights and outputs take at so many bits a weight, in bytes."""
+    return Price(bits / 8, 4)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class Stepped:
     size: int
     model: NerfModel
     few: dict[str, Packed]
+
+    def stored(self) -> NerfModel:
+        """The model as the file holds it."""
+        fields = {name: of.field() for name, of in self.few.items()}
+        model = NerfModel(fields.get("coarse", fields["fine"]), fields["fine"], self.model.samples)
+        return model.to(self.model.device)
 
 
 def fit_rate(

@@ -1,17 +1,20 @@
 """The story of a pruning: score, size, select, remove, compensate."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from pruning.allocation import check_ratios
-from pruning.budget import Budget, Widths
-from pruning.calibration import CalibrationBatch, Statistics
+from pruning.budget import Budget, Cost, Widths
+from pruning.calibration import CalibrationBatch, Statistics, collect
 from pruning.compensation import compensate
 from pruning.elimination import Balance, OutputWeights, Path, elimination_paths
-from pruning.errors import PruningError
+from pruning.errors import PruningError, StatisticsError
 from pruning.network import Network
 from pruning.registry import lookup
 from pruning.scores import moments_for, score
@@ -223,9 +226,15 @@ def shrink(
 
     Raises:
         BudgetError: one channel a layer costs more than the budget.
-        StatisticsError: statistics are missing or of another network.
+        StatisticsError: statistics are missing or of another network; an iterative allocation has
+            no batches.
         PruningError: no such criterion, allocation or compensation.
     """
+    rounds = lookup(BUDGETED, allocation, "budgeted allocation").rounds
+    if rounds > 1:
+        return _in_rounds(
+            networks, statistics, budget, rounds, criterion, allocation, compensation, batches
+        )
     if ranking is None:
         ranking = rank(
             networks,
@@ -239,6 +248,53 @@ def shrink(
     sizing = Sizing(networks, budget, ranking.scores, ranking.paths, error_weights or {}, multiple)
     widths = widths_within(allocation, sizing)
     return cut(networks, ranking.keep(widths), compensation, statistics, batches)
+
+
+def _in_rounds(
+    networks: Mapping[str, Network],
+    statistics: Mapping[str, Statistics],
+    budget: Budget,
+    rounds: int,
+    criterion: str,
+    allocation: str,
+    compensation: str,
+    batches: Mapping[str, Iterable[CalibrationBatch]] | None,
+) -> dict[str, Pruned]:
+    """`shrink` in steps by the same factor, with statistics of what is left before each."""
+    if not batches or networks.keys() - batches.keys():
+        raise StatisticsError(
+            f"allocation {allocation!r} looks at the pruned networks again; give their batches"
+        )
+    cost = Cost.of(networks, budget)
+    dense = cost(cost.dense)
+    cost.check(budget.amount)
+    moments = moments_for([criterion], [compensation])
+    left = dict(networks)
+    keep = {
+        name: {
+            layer: torch.ones(network.width(layer), dtype=torch.bool)
+            for layer in network.graph.prunable()
+        }
+        for name, network in networks.items()
+    }
+    for number in range(1, rounds + 1):
+        if number > 1:
+            statistics = {
+                name: reduce(add, collect(network, batches[name], moments).cells.values())
+                for name, network in left.items()
+            }
+        amount = budget.amount
+        if number < rounds and budget.amount < dense:
+            amount = dense * (budget.amount / dense) ** (number / rounds)
+        scores = {name: score(n, criterion, statistics.get(name)) for name, n in left.items()}
+        sizing = Sizing(left, replace(budget, amount=amount), scores)
+        kept = Ranking(scores).keep(widths_within(allocation, sizing))
+        step = cut(left, kept, compensation, statistics, batches)
+        for name, of in step.items():
+            left[name] = of.network
+            for layer, mask in of.keep.items():
+                keep[name][layer][keep[name][layer].clone()] = mask.cpu()
+    return {name: _pruned(networks[name], left[name], keep[name]) for name in networks}
 
 
 def cut(
@@ -263,21 +319,22 @@ def cut(
     """
     pruned = {}
     for name, network in networks.items():
-        achieved = {layer: int((~kept).sum()) / kept.numel() for layer, kept in keep[name].items()}
-        pruned[name] = Pruned(
-            network=compensate(
-                network,
-                keep[name],
-                compensation,
-                (statistics or {}).get(name),
-                (batches or {}).get(name),
-            ),
-            keep=keep[name],
-            requested=achieved,
-            achieved=achieved,
-            nonzero_parameters=nonzero_parameters(network, keep[name]),
-        )
+        of_network = (statistics or {}).get(name), (batches or {}).get(name)
+        smaller = compensate(network, keep[name], compensation, *of_network)
+        pruned[name] = _pruned(network, smaller, keep[name])
     return pruned
+
+
+def _pruned(dense: Network, smaller: Network, keep: KeepMasks) -> Pruned:
+    """What was done to a network; the widths are what was asked for."""
+    achieved = {layer: int((~kept).sum()) / kept.numel() for layer, kept in keep.items()}
+    return Pruned(
+        network=smaller,
+        keep=keep,
+        requested=achieved,
+        achieved=achieved,
+        nonzero_parameters=nonzero_parameters(dense, keep),
+    )
 
 
 def moments_for_budget(

@@ -27,6 +27,9 @@ from pruning.network import Network
 from pruning.registry import lookup
 from pruning.selection import removed_count
 
+ROUNDS = 4
+"""Of an iterative allocation."""
+
 
 @dataclass(frozen=True)
 class Sizing:
@@ -190,8 +193,9 @@ def pfp(sizing: Sizing) -> Widths:
 def aap(sizing: Sizing, power: float = 2.0) -> Widths:
     """Channels with s_j^p ≤ T · (the layer's share of all parameters) go, T bisected to the budget.
 
-    One round of the iterative method, to be given mean activations as scores: retraining and
-    rewinding between rounds is the business of whoever trains.
+    One round of the iterative method, to be given mean activations as scores. ``aap-iterative``
+    goes in several, with activations measured anew on what is left. The paper retrains in each
+    round and then rewinds the weights; without training they are where they were anyway.
 
     Source: Zhao et al. 2023 (adaptive activation-based pruning), sections 3.1 and 3.2.
     """
@@ -240,16 +244,20 @@ class Budgeted:
         needs_scores: whether it ranks channels.
         needs_paths: whether it weighs the errors of elimination paths.
         only_with: the criteria on whose scores it is defined; None for any.
+        rounds: in how many steps `pipeline.shrink` goes to the budget, with scores of what is left
+            before each.
     """
 
     of: Callable[[Sizing], Widths]
     needs_scores: bool = False
     needs_paths: bool = False
     only_with: tuple[str, ...] | None = None
+    rounds: int = 1
 
 
 BUDGETED: dict[str, Budgeted] = {
     "aap": Budgeted(aap, needs_scores=True, only_with=("activation",)),
+    "aap-iterative": Budgeted(aap, needs_scores=True, only_with=("activation",), rounds=ROUNDS),
     "chain": Budgeted(chain, needs_paths=True),
     "global": Budgeted(global_ranking, needs_scores=True),
     "greedy": Budgeted(greedy, needs_paths=True),

@@ -542,7 +542,12 @@ GRIDS: list[dict[str, Any]] = [
     {"sizes": [4500, 3500], "bits": "rate", "networks": ["both", "shared"], **DEMO},
     {"ratios": 0.5, "criteria": "lasso", "compensation": "least_squares", **DEMO},
     {"sizes": 15_000, "criteria": "sensitivity", "allocations": "pfp", **DEMO},
-    {"sizes": 15_000, "criteria": "activation", "allocations": "aap", **DEMO},
+    {
+        "sizes": 15_000,
+        "criteria": "activation",
+        "allocations": ["aap", "aap-iterative"],
+        **DEMO,
+    },
     {"sizes": 15_000, "errors": "pixel", **DEMO},
     {"ratios": 0.5, "criteria": "obs", "compensation": "obs", "errors": "pixel", **DEMO},
     {

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from pruning import (
+    Budget,
     CalibrationBatch,
+    Cost,
     Layer,
     LayerGraph,
     Network,
@@ -14,6 +16,7 @@ from pruning import (
     mask,
     moments_for,
     prune,
+    shrink,
 )
 from tests.pruning_networks import NERF_WIDTHS, heads, nerf_graph, random_inputs, random_network
 
@@ -101,3 +104,42 @@ def test_statistics_of_another_network_are_refused() -> None:
 def test_moments_for_names_what_the_criteria_read() -> None:
     assert moments_for(["random", "magnitude"]) == ()
     assert moments_for(["activation", "random"]) == ("mean",)
+
+
+def test_an_iterative_allocation_looks_again_at_what_is_left() -> None:
+    """By hand: each round prunes the network of the round before on its own activations."""
+    widths = {name: min(width, 16) for name, width in NERF_WIDTHS.items()}
+    network = random_network(nerf_graph(), widths, seed=0)
+    batches = [CalibrationBatch(random_inputs(network, 200, seed=1))]
+    dense = Cost.of({"": network}, Budget.of("params", 0))
+    whole = dense(dense.dense)
+    amount = 0.4 * whole
+    left = network
+    for number in range(1, 5):
+        statistics = {"": collect(left, batches, ("mean",)).subset()}
+        budget = Budget.of("params", whole * 0.4 ** (number / 4))
+        method = {"criterion": "activation", "allocation": "aap", "compensation": "none"}
+        left = shrink({"": left}, statistics, budget, **method)[""].network
+    statistics = {"": collect(network, batches, ("mean",)).subset()}
+    method = {"criterion": "activation", "compensation": "none"}
+    budget = Budget.of("params", amount)
+    found = shrink(
+        {"": network},
+        statistics,
+        budget,
+        allocation="aap-iterative",
+        batches={"": batches},
+        **method,
+    )[""]
+    for name, W in left.weights.items():
+        torch.testing.assert_close(found.network.weights[name], W)
+    assert found.network.parameters() <= amount
+    for layer, kept in found.keep.items():
+        assert int(kept.sum()) == left.width(layer)
+    # The weights that are left are those that were there: nothing to rewind.
+    rows, columns = found.keep["trunk.1"], found.keep["trunk.0"]
+    assert torch.equal(
+        found.network.weights["trunk.1"], network.weights["trunk.1"][rows][:, columns]
+    )
+    with pytest.raises(StatisticsError, match="looks at the pruned networks again"):
+        shrink({"": network}, statistics, budget, allocation="aap-iterative", **method)
