@@ -1,6 +1,7 @@
 """The tutorial, from photos that COLMAP placed to a shipped model, with fewer iterations."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,9 +67,9 @@ def answers(command: list[str], folder: Path, environment: dict[str, str]) -> No
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        address = said.split("http://")[-1].split()[0]
-        with urllib.request.urlopen(f"http://{address}", timeout=60) as page:
+        found = (re.search(r"http://[\w.]+:\d+", line) for line in process.stdout)
+        address = next(match[0] for match in found if match)
+        with urllib.request.urlopen(address, timeout=60) as page:
             assert page.status == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 130), command
