@@ -9,6 +9,7 @@ for a fern of 504×378 on two CPU cores). Photos are never shown.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = _read(options.storage)
     training = options.training or _commonest(models)
     models = {key: m for key, m in models.items() if m.record.training == training}
-    dense = next(m for m in models.values() if m.record.kind == "training")
+    evaluated = [m for m in models.values() if m.record.kind == "training"]
+    dense = max(evaluated, key=lambda m: _kept(m, options.view) is not None)
     trials = [m for m in models.values() if m.record.kind == "trial"]
     controls = [m for m in models.values() if m.record.kind == "control"]
     front = [models[p.key] for p in pareto.front(pareto.points(m.record for m in trials))]
     worth = [m for m in front if m.psnr > dense.psnr - 4 or m.size < dense.size / 40]
     pictured = [m for m in worth if options.render or _kept(m, options.view)]
-    shown = [dense, *_spread(pictured[::-1], options.shown - 1)]
+    shown = [dense, *_spread(pictured, options.shown - 1)]
     pictures = [_picture(m, options.view, options.render, options.output.parent) for m in shown]
     _draw(options.output, dense, trials, controls, front, list(zip(shown, pictures, strict=True)))
     for model in shown:
@@ -107,10 +109,18 @@ def _kept(model: Model, view: int) -> Path | None:
 
 
 def _spread(models: Sequence[Model], count: int) -> list[Model]:
-    """So many of them, spread evenly, with both ends."""
-    if len(models) <= count:
-        return list(models)
-    return [models[round(i * (len(models) - 1) / max(count - 1, 1))] for i in range(count)]
+    """So many of them, largest first, spread over the sizes (as logarithms), with both ends."""
+    left = sorted(models, key=lambda m: -m.size)
+    if len(left) <= count:
+        return left
+    top, low = math.log(left[0].size), math.log(left[-1].size)
+    chosen = []
+    for place in range(count):
+        wanted = top + (low - top) * place / max(count - 1, 1)
+        nearest = min(left, key=lambda m: (abs(math.log(m.size) - wanted), -m.psnr))
+        left.remove(nearest)
+        chosen.append(nearest)
+    return sorted(chosen, key=lambda m: -m.size)
 
 
 def _picture(model: Model, view: int, scene: Path | None, folder: Path) -> PIL.Image.Image:
@@ -209,7 +219,7 @@ def _draw(
     axes.set_ylim(top=dense.psnr + 1.8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="best", frameon=False)
     figure.savefig(output.with_suffix(".png"), bbox_inches="tight", pad_inches=0.12)
     plt.close(figure)
     if output.suffix == ".webp":
