@@ -42,6 +42,21 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def give_memory_back(keep: int = 0) -> None:
+    """Return the GPU memory that nothing uses any more, so that other processes can have it.
+
+    Args:
+        keep: bytes below which it is kept: this process needs some again, and asking takes time.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    for device in range(torch.cuda.device_count()):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if unused > keep:
+            torch.cuda.empty_cache()
+            return
+
+
 def describe_device(device: torch.device) -> str:
     """The hardware's name, e.g. "NVIDIA H200" or the CPU's model."""
     if device.type == "cuda":

@@ -39,7 +39,7 @@ from pruning.gradients import Loss
 
 # Rays at once in a calibration pass: their samples' activations must fit the memory.
 CPU_RAYS = 256
-CUDA_RAYS = 4096
+CUDA_RAYS = 1024
 
 
 Prunable = Literal["trunk", "all"]

@@ -5,8 +5,11 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from ray import tune
 
+from nerf.devices import give_memory_back
+from orchestrator.log import logger
 from orchestrator.plan import Calibration, Training
 from orchestrator.provenance import Origin
 from orchestrator.results import Failure
@@ -23,6 +26,11 @@ from orchestrator.store import Store
 REPORT_SECONDS = 0.5
 # A lane without work asks again after so long, while more may come.
 WAIT_SECONDS = 0.05
+
+# Several workers share a GPU. What one keeps for later, the others cannot have.
+KEPT_MEMORY = 4 * 2**30
+# Seconds to wait before a stage that found no memory is tried once more.
+MEMORY_WAIT = 5.0
 
 BenchMaker = Callable[..., Workbench]
 """Makes a worker's bench; another than the real one serves to study the scheduler by itself."""
@@ -131,23 +139,37 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 return {"ended": ended}
 
     def _run(self, item: Item, given: Node | None) -> dict[str, Any]:
+        """One calibration or pruning; once more if others had the GPU's memory."""
         watch = Stopwatch()
         node = given or self._nodes[item]
-        limits = self._bench.sweep.limits
         try:
-            if isinstance(node, Calibration):
-                most = limits.calibrate
-                why = reason("took longer than", most or 0.0, "calibrate")
-                with self._limited(item, watch, most, why):
-                    self._bench.calibrate(node, watch)
-            else:
-                assert not isinstance(node, Training)
-                why = reason("took longer than", limits.prune or 0.0, "prune")
-                with self._limited(item, watch, limits.prune, why):
-                    self._bench.prune(node, watch)
+            try:
+                self._once(item, node, watch)
+            except torch.cuda.OutOfMemoryError as error:
+                logger.warning("%s %s: %s; trying once more", *item, error)
+                # The error's traceback holds what the stage had: it goes first.
+                error.__traceback__ = None
+                give_memory_back()
+                time.sleep(MEMORY_WAIT)
+                self._once(item, node, watch)
         except Exception as error:
             return _ended(item, error, watch)
+        finally:
+            give_memory_back(KEPT_MEMORY)
         return _ended(item, None, watch)
+
+    def _once(self, item: Item, node: Node, watch: Stopwatch) -> None:
+        limits = self._bench.sweep.limits
+        if isinstance(node, Calibration):
+            most = limits.calibrate
+            why = reason("took longer than", most or 0.0, "calibrate")
+            with self._limited(item, watch, most, why):
+                self._bench.calibrate(node, watch)
+        else:
+            assert not isinstance(node, Training)
+            why = reason("took longer than", limits.prune or 0.0, "prune")
+            with self._limited(item, watch, limits.prune, why):
+                self._bench.prune(node, watch)
 
     def cleanup(self) -> None:
         """Let a training that is stopped in the middle save its state."""
