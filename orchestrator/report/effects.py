@@ -11,9 +11,11 @@ sweep share their credit: it describes the sweep, and proves no cause.
 Source: Kelley 1935, "An unbiased correlation ratio measure", for ε².
 """
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from orchestrator import pareto
@@ -179,18 +181,20 @@ def below_front(data: ReportData, quality: str = "psnr") -> Callable[[Record], f
         data: the sweep.
         quality: the metric, in dB, that makes the front.
     """
-    measured = [
+    measured = sorted(
         (size, psnr)
         for trial in data.done
         if (size := number(trial, "size_bytes")) is not None
         and (psnr := number(trial, quality)) is not None
-    ]
+    )
+    sizes = [size for size, _ in measured]
+    best = list(accumulate((psnr for _, psnr in measured), max))  # of any size up to each
 
     def gap(record: Record) -> float | None:
         size, psnr = number(record, "size_bytes"), number(record, quality)
         if size is None or psnr is None:
             return None
-        return max(other for bytes_, other in measured if bytes_ <= size) - psnr
+        return best[bisect.bisect_right(sizes, size) - 1] - psnr
 
     return gap
 

@@ -209,7 +209,8 @@ brighter for a higher PSNR; the filters above grey lines out, a click chooses on
 def _published(data: ReportData) -> str:
     series = _compared(data)
     have = {0.0} | {row.ratio for row in TABLE_1}
-    have |= {r for s in series for t in data.trials if (r := ratio_of(t)) and data.at(s, r)}
+    tried = {r for t in data.trials if (r := ratio_of(t))}
+    have |= {r for r in tried if any(data.at(s, r) for s in series)}
     published = {row.ratio: row for row in TABLE_1}
     top = '<th rowspan="2" scope="col" class="left">Removed</th>'
     top += '<th colspan="3" scope="colgroup" class="edge">As published (fern)</th>'
