@@ -150,7 +150,7 @@ def importance(
         chosen = [
             (float(t.config[name]), v) for t, v in measured if id(t) in tried and name in t.config
         ]
-        groups = quantiles([ratio for ratio, _ in chosen])
+        groups = quantiles([r for r, _ in chosen], max(2, min(MAX_GROUPS, len(chosen) // 3)))
         shares.append((layer_name(name), explained(groups, [v for _, v in chosen])))
     return sorted(shares, key=lambda item: -item[1])
 

@@ -274,3 +274,25 @@ def test_two_hundred_trials_of_fern_size_stay_below_ten_megabytes(
     assert tab.page.locator("#gallery img").count() > 3
     assert tab.wrong == []
     tab.context.close()
+
+
+def test_a_search_is_seen_on_the_rays_that_it_was_chosen_by(chromium: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    dense = training_record()
+    dense = save(store, replace(dense, metrics={**dense.metrics, "validation_psnr": 25.5}))
+    trials = []
+    for number in range(12):
+        ratios = {f"fine_layer_{i}_ratio": (number + i) / 13 for i in range(2)}
+        trial = trial_record(dense, 0.5, schedule="searched", **ratios)
+        metrics = {"size_bytes": 1e6 - 5e4 * number, "validation_psnr": 25.0 - number}
+        trials.append(replace(trial, metrics=metrics, views=()))
+    data = ReportData("search", "ab12" * 4, (dense,), tuple(trials), store)
+    tab = Opened(chromium, write_report(data, tmp_path / "report").html)
+    assert tab.dots() == 1  # the dense model: none of the trials saw a held-out view
+    tab.page.get_by_role("button", name="validation").click()
+    assert tab.dots() == 1 + len(trials)
+    assert tab.page.locator("#importance-psnr").inner_text().startswith("fine layer")
+    lines = tab.page.locator("#parallel svg path")
+    assert lines.count() == len(trials)
+    assert tab.wrong == []
+    tab.context.close()
