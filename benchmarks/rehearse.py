@@ -3,6 +3,7 @@
 Usage::
 
     python -m benchmarks.rehearse SWEEP [--samplers front optuna] [--trials 256] [--seeds 0]
+    python -m benchmarks.rehearse SWEEP --after 8 11       # one batch each, from the recorded study
 
 The formula is fitted to the trials that a search of this sweep recorded. Letters: r_l the fraction
 removed of layer l (of either network), e_l its error, E their sum with what pairs of layers add::
@@ -17,7 +18,7 @@ sweep, sizes those of real files. Everything is measured in full: there is no fi
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ class Rehearsal:
         self.space = Space(found.plan.settings, sweep.shape, found.plan.sets)
         recorded = open_study(sweep, found.plan, store)
         self.starts = recorded.starts() or []
-        recorded.close()
+        self.recorded = recorded
         rows = [list(ratios_of(r).values()) for r in found.tried]
         quality = [
             r.metrics["validation_psnr"]
@@ -191,8 +192,35 @@ class Rehearsal:
             study.close()
         return rows
 
+    def go_on(self, sampler: str, after: int, count: int, seed: int) -> tuple[int, float, float]:
+        """Propose once more than was recorded up to a round, whose trials still run.
+
+        Returns:
+            How many trials were measured, what the proposals add to the hypervolume of all before
+            them (those that run included), and CPU seconds a proposal.
+        """
+        studies.make_sampler = lambda _, s: SAMPLERS[sampler](s)
+        entries = [e for e in self.recorded.entries() if e.round <= after]
+        history = [
+            replace(e, state="done", values=self.measure(e.parameters))
+            for e in entries
+            if e.round < after
+        ]
+        running = [e for e in entries if e.round == after]
+        begun = time.process_time()
+        proposals = self.recorded.propose(
+            history, running, after + 1, count, "gp", seed, self.finish
+        )
+        seconds = (time.process_time() - begun) / count
+        before = [e.parameters for e in entries]
+        gain = self._of([*before, *(p.parameters for p in proposals)]) - self._of(before)
+        return len(history), gain, seconds
+
     def _volume(self, study: Study) -> float:
-        points = [Point(e.key, *self.measure(e.parameters), 0.0) for e in study.entries()]
+        return self._of(entry.parameters for entry in study.entries())
+
+    def _of(self, given: Iterable[Parameters]) -> float:
+        points = [Point("", *self.measure(parameters), 0.0) for parameters in given]
         return hypervolume(points, Reference(self.reference.size_bytes, self.reference.psnr))
 
 
@@ -205,10 +233,25 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--after", type=int, nargs="+", help="rounds of the recorded study")
+    parser.add_argument("--proposals", type=int, default=8, help="with --after")
     options = parser.parse_args()
     torch.set_num_threads(1)  # as in the search's actor
     rehearsal = Rehearsal(options.sweep)
     print(f"formula: {rehearsal.formula.error:.2f} dB rms on every sixth trial, left out")
+    if options.after:
+        found = [
+            [name, seed, known, f"{gain:,.0f}", f"{seconds:.2f}"]
+            for name in options.samplers
+            for seed in options.seeds
+            for known, gain, seconds in (
+                rehearsal.go_on(name, after, options.proposals, seed) for after in options.after
+            )
+        ]
+        head = ["sampler", "seed", "trials known", f"gain of {options.proposals}, bytes·dB",
+                "CPU seconds a proposal"]  # fmt: skip
+        print(table(head, found))
+        return
     rows = [
         [name, seed, count, f"{volume:,.0f}", f"{seconds:.2f}"]
         for name in options.samplers
