@@ -151,7 +151,6 @@ def test_a_machine_is_lost_and_what_it_had_is_in_the_bucket(
 
     lost = wait_until(trainer)
     assert lost in ("one", "two")
-    before = [note["iteration"] for note in notes_of(here / "notes") if "iteration" in note]
     machines.lose(lost)
     assert not machines.of(lost)
     _, said = driver.communicate(timeout=400)
@@ -163,5 +162,4 @@ def test_a_machine_is_lost_and_what_it_had_is_in_the_bucket(
     assert len(falls) <= 1
     assert all(iteration > iterations[0] for iteration in falls)
     assert iterations[-1] == 6000
-    assert before == iterations[: len(before)]
     assert len(measured(path)) == 4
