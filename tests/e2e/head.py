@@ -133,7 +133,7 @@ class Head:
         }
 
     def run(
-        self, *command: str, cwd: Path = TREE, timeout: float = 300, **changes: str
+        self, *command: str, cwd: Path = TREE, timeout: float = 600, **changes: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a command there; standard error goes with standard output."""
         return subprocess.run(

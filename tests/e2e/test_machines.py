@@ -78,7 +78,7 @@ def measured(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def wait_until(what: Callable[[], Any], seconds: float = 180.0) -> Any:
+def wait_until(what: Callable[[], Any], seconds: float = 300.0) -> Any:
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "it did not happen in time"
@@ -102,7 +102,7 @@ def test_two_sweeps_share_a_cluster_and_a_training(
         for name, path in files.items()
     }
     for name, driver in drivers.items():
-        _, said = driver.communicate(timeout=400)
+        _, said = driver.communicate(timeout=600)
         assert driver.returncode == 0, f"{name}: {said}"
     notes = {name: notes_of(here / f"{name}.notes") for name in files}
 
@@ -153,7 +153,7 @@ def test_a_machine_is_lost_and_what_it_had_is_in_the_bucket(
     assert lost in ("one", "two")
     machines.lose(lost)
     assert not machines.of(lost)
-    _, said = driver.communicate(timeout=400)
+    _, said = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
 
     # The other went on from the state in the bucket, and nobody had the driver's folders.

@@ -95,7 +95,7 @@ def test_the_sweep_runs_on_both_nodes_and_leaves_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout
@@ -105,7 +105,7 @@ def test_the_sweep_runs_on_both_nodes_and_leaves_nothing(
     assert "--nodelist=two :: env -u RAY_ADDRESS ray start --address=127.0.0.1:" in log
     assert len(list((tmp_path / "out").glob("trials/*/record.json"))) == 2
     assert not list((tmp_path / "submit").glob(".ray-token*"))
-    ended = time.monotonic() + 20
+    ended = time.monotonic() + 60
     while of_this_job(slurm["SLURM_JOB_ID"]) and time.monotonic() < ended:
         time.sleep(0.5)
     assert not [p for p in of_this_job(slurm["SLURM_JOB_ID"]) if "raylet" in p.name()]
@@ -116,13 +116,13 @@ def test_a_term_before_the_time_is_up_saves_the_training(
 ) -> None:
     path = sweep_file(tmp_path, 100_000)
     batch = subprocess.Popen(["bash", str(SCRIPT), path.name], env=slurm)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list((tmp_path / "out").glob("leases/training-*")):
         assert batch.poll() is None
         assert time.monotonic() < deadline
         time.sleep(1)
     time.sleep(3)
     batch.send_signal(signal.SIGTERM)
-    assert batch.wait(90) == 143
+    assert batch.wait(180) == 143
     assert list((tmp_path / "out").glob("running/*/state.safetensors"))
     assert not list((tmp_path / "submit").glob(".ray-token*"))

@@ -167,7 +167,7 @@ def test_a_job_that_is_stopped_by_its_address_saves_its_training(head: Head, tre
     assert job is not None
     wait_for(head, tree, "stopped.yaml", "RUNNING")
     look = ("stopped", "--job", job.group(1), "--address", head.address)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list((head.folder / "out").glob("leases/training-*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -178,7 +178,7 @@ def test_a_job_that_is_stopped_by_its_address_saves_its_training(head: Head, tre
 
 
 def wait_for(head: Head, tree: Path, file: str, status: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     said = ""
     while time.monotonic() < deadline:
         done = head.run(*PRUNEFIELD, "status", file, "--json", cwd=tree)
