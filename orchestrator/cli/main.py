@@ -1,14 +1,13 @@
 """Entry point: parse, dispatch, turn errors into messages."""
 
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 
 from orchestrator.cli.parser import build_parser
 from orchestrator.errors import PrunefieldError, SpecError
 from orchestrator.log import configure
+from orchestrator.signals import take_term_as_ctrl_c
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -27,10 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     configure(options.verbose)
-    if threading.current_thread() is threading.main_thread():
-        # A polite end (`kill`, a batch system's time limit) is one like Ctrl-C's: servers are
-        # stopped, runs are ended, training states are saved.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    take_term_as_ctrl_c()  # servers are stopped, runs are ended, training states are saved
     try:
         return int(options.command(options) or 0)
     except SpecError as error:

@@ -14,6 +14,7 @@ from orchestrator.auth import settle_here
 from orchestrator.errors import ClusterError
 from orchestrator.log import logger
 from orchestrator.scheduler.queue import LANE
+from orchestrator.signals import term_is_ctrl_c
 from orchestrator.spec import Resources, StageResources
 
 MANY_NODES = 64  # for an autoscaler without a limit
@@ -48,7 +49,8 @@ def connected() -> Iterator[bool]:
     with environment(QUIET):
         if _join():
             try:
-                yield True
+                with term_is_ctrl_c():
+                    yield True
             finally:
                 _leave()
         else:
@@ -107,7 +109,8 @@ def _private_cluster() -> Iterator[None]:
                 logging_level=logging.WARNING,
                 log_to_driver=False,
             )
-            yield
+            with term_is_ctrl_c():
+                yield
         except (ConnectionError, RuntimeError, OSError) as error:
             if ray.is_initialized():
                 raise

@@ -187,6 +187,9 @@ def _fit(
                     storage_path=str(scratch),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=plan.sweep.resources.retries),
+                    # Stages keep their own state in the store. Tune's checkpoints, empty as they
+                    # are, would want a disk that driver and workers share.
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
             ).fit()
     finally:

@@ -14,6 +14,7 @@ from orchestrator.plan import Training, Trial
 from orchestrator.progress import Progress
 from orchestrator.results import Record
 from orchestrator.stages import Stopwatch, Workbench
+from orchestrator.sweep import run
 
 
 class SlowBench(Workbench):
@@ -51,8 +52,12 @@ def notes_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def main(path: Path, notes: Path) -> int:
+    """Run a sweep; gives the exit status."""
+    return 0 if run(path, Noting(notes), SlowBench).results.complete else 1
+
+
 if __name__ == "__main__":
     from tests.e2e import driving  # so that workers find the bench by its name
 
-    finished = driving.run(Path(sys.argv[1]), driving.Noting(Path(sys.argv[2])), driving.SlowBench)
-    sys.exit(0 if finished.results.complete else 1)
+    sys.exit(driving.main(Path(sys.argv[1]), Path(sys.argv[2])))

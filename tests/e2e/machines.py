@@ -23,6 +23,7 @@ from tests.services import free_port
 TREE = Path(__file__).parents[2]
 MARK = "PRUNEFIELD_TEST_MACHINE"
 START_SECONDS = 120.0
+END_SECONDS = 10.0
 # A node that is gone is known to be so after seconds, not after a minute.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_failure_threshold": 3}
 HEAD = "127.0.0.9"  # not 127.0.0.1, for which Ray puts in an address that others reach
@@ -132,15 +133,18 @@ class Machines:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 mark = process.environ().get(MARK, "")
-                whole = mark.startswith(f"{self.folder}:")
+                whole = mark.startswith(f"{self.folder}:") and process.status() != "zombie"
                 if whole and name in (None, mark.rpartition(":")[2]):
                     found.append(process)
         return found
 
     def lose(self, name: str | None = None) -> None:
         """A machine is gone from one moment to the next, with everything on it."""
-        for process in self.of(name):
-            with suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
+        end = time.monotonic() + END_SECONDS
+        while (left := self.of(name)) and time.monotonic() < end:
+            for process in left:
+                with suppress(psutil.Error):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.1)
         for started in self._started if name is None else ():
             started.wait()

@@ -25,9 +25,11 @@ FAKES = {
         "options=()\n"
         'while [ "${1#--}" != "$1" ]; do options+=("$1"); shift; done\n'
         'echo "${options[*]} :: $*" >>"$FAKE_SLURM_LOG"\n'
+        'export FAKE_NODE="${options[-1]#--nodelist=}"\n'
         'exec "$@"\n'
     ),
-    "hostname": "echo 127.0.0.1\n",
+    # Not 127.0.0.1, for which Ray puts in an address that others reach.
+    "hostname": '[ "$FAKE_NODE" = one ] && echo 127.0.0.9 || echo 127.0.0.2\n',
 }
 
 
@@ -51,7 +53,6 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "SLURM_GPUS_ON_NODE": "0",
         "FAKE_SLURM_LOG": str(tmp_path / "slurm.log"),
         "PYTHONPATH": str(TREE),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # both nodes, and their driver, on loopback
         "OMP_NUM_THREADS": "1",
     }
 
@@ -100,9 +101,10 @@ def test_the_sweep_runs_on_both_nodes_and_leaves_nothing(
     )
     assert done.returncode == 0, done.stdout
     assert "hypervolume" in done.stdout
+    assert done.stdout.count("Ray runtime started.") == 2
     log = Path(slurm["FAKE_SLURM_LOG"]).read_text()
     assert "--nodelist=one :: env -u RAY_ADDRESS ray start --head" in log
-    assert "--nodelist=two :: env -u RAY_ADDRESS ray start --address=127.0.0.1:" in log
+    assert "--nodelist=two :: env -u RAY_ADDRESS ray start --address=127.0.0.9:" in log
     assert len(list((tmp_path / "out").glob("trials/*/record.json"))) == 2
     assert not list((tmp_path / "submit").glob(".ray-token*"))
     ended = time.monotonic() + 60
