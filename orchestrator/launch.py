@@ -97,16 +97,7 @@ def bring_up(file: Path, port: int) -> None:
             "the cluster could not be brought up; what Ray said stands above (`ray up -y "
             "--no-restart FILE` tries it alone)"
         )
-    # The quotes keep the markers out of the command line that Ray prints.
-    probe = (
-        "export RAY_AUTH_MODE=${RAY_AUTH_MODE:-"
-        "$(test -f ~/.ray/auth_token && echo token || echo disabled)}; "
-        f"if ray health-check --address 127.0.0.1:{port} >/dev/null 2>&1 || "
-        f'ray health-check >/dev/null 2>&1; then echo "{UP[:5]}""{UP[5:]}"; '
-        f"elif python -c {shlex.quote(_PROBE.format(port=port))}; "
-        f'then echo "{OTHER[:5]}""{OTHER[5:]}"; else echo "{DOWN[:5]}""{DOWN[5:]}"; fi'
-    )
-    said = _ray_said("exec", str(file), probe)
+    said = _ray_said("exec", str(file), probe(port))
     if UP in said:
         return
     if DOWN not in said:
@@ -121,8 +112,24 @@ def bring_up(file: Path, port: int) -> None:
         raise ClusterError("Ray could not be started on the head; what it said stands above")
 
 
-# Whether anything listens: then Ray must not be started anew.
-_PROBE = "import socket; socket.create_connection((socket.gethostname(), {port}), 3)"
+def probe(port: int) -> str:
+    """A shell command that says, on the head, whether Ray is up there, down, or somebody else's.
+
+    Ray puts this machine's address for 127.0.0.1, where a head on loopback alone does not listen,
+    unless it is told that it makes no clusters. What listens without an answer is not started anew:
+    it may hold running jobs.
+    """
+    # The quotes keep the markers out of the command line that Ray prints.
+    up, down, other = (f'echo "{said[:5]}""{said[5:]}"' for said in (UP, DOWN, OTHER))
+    return (
+        'export PATH="$HOME/.prunefield/venv/bin:$PATH" RAY_AUTH_MODE=${RAY_AUTH_MODE:-'
+        "$(test -f ~/.ray/auth_token && echo token || echo disabled)}; "
+        f'listens() {{ timeout 3 bash -c "exec 3<>/dev/tcp/$1/{port}" 2>/dev/null; }}; '
+        f"answers() {{ ray health-check --address 127.0.0.1:{port} >/dev/null 2>&1; }}; "
+        f'if ! listens 127.0.0.1 && ! listens "$(hostname)"; then {down}; '
+        f"elif RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 answers || answers; then {up}; "
+        f"else {other}; fi"
+    )
 
 
 def _command(*arguments: str) -> list[str]:

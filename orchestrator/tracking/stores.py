@@ -1,6 +1,7 @@
 """Opening a tracking store: every way it can be unusable becomes one clear error."""
 
 import contextlib
+import fcntl
 import http.client
 import logging
 import os
@@ -26,10 +27,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.pool import NullPool
 
 PROBE_SECONDS = 10
+OPENING = 0x7072756E65  # names the advisory lock of whoever makes the tables
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 AWAY = (429, 502, 503, 504)  # what MLflow and proxies answer when what is behind them is away
@@ -48,9 +51,7 @@ for _name in NOISY[1:]:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client on a usable store; a fresh database gets its tables.
-
-    MLflow's own lock file keeps two processes from migrating one fresh SQLite file at once.
+    """A client on a usable store; a fresh database gets its tables, from one process at a time.
 
     Raises:
         TrackingError: the address is of no known kind, or the store cannot be reached or written.
@@ -73,13 +74,34 @@ def open_client(uri: str) -> MlflowClient:
         if scheme in DATABASES and scheme != "sqlite":
             _probe_database(uri)
         with quiet():
-            client = MlflowClient(tracking_uri=uri)
+            with _alone(uri):
+                client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
         raise TrackingError(
             f"the tracking store {shown(uri)} cannot be used: {brief(error)}"
         ) from error
     return client
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """For the time of a block nobody else here opens this database.
+
+    MLflow makes the tables of a fresh one without asking whether another process does so already.
+    """
+    path = sqlite_path(uri)
+    if path is not None:
+        with (path.parent / f".{path.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    elif uri.startswith("postgresql"):
+        engine = create_engine(uri, poolclass=NullPool)  # the lock ends with its connection
+        with engine.connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": OPENING})
+            yield
+    else:
+        yield
 
 
 def unreachable(uri: str) -> str | None:

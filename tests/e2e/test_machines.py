@@ -162,4 +162,4 @@ def test_a_machine_is_lost_and_what_it_had_is_in_the_bucket(
     assert len(falls) <= 1
     assert all(iteration > iterations[0] for iteration in falls)
     assert iterations[-1] == 6000
-    assert len(measured(path)) == 4
+    assert len(measured(path)) == 7
