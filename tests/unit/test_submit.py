@@ -5,6 +5,8 @@ import json
 import os
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -427,3 +429,40 @@ def test_an_unknown_sweep_is_named(
         assert "unknown" in capsys.readouterr().err
     assert main([command, "tiny", "--job", "some-job"]) == 1
     assert "--address" in capsys.readouterr().err
+
+
+# --- whether the head's Ray is up ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listens", "answers", "said"),
+    [
+        (True, '[ "$RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" = 0 ]', launch.UP),  # on loopback alone
+        (True, '[ -z "$RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" ]', launch.UP),
+        (True, "false", launch.OTHER),  # never started anew: it may hold running jobs
+        (True, None, launch.OTHER),
+        (False, "false", launch.DOWN),
+    ],
+)
+def test_the_probe_says_whether_ray_is_up_on_the_head(
+    tmp_path: Path, listens: bool, answers: str | None, said: str
+) -> None:
+    tools = tmp_path / ".prunefield" / "venv" / "bin"  # not in the path of a login shell
+    tools.mkdir(parents=True)
+    if answers is not None:
+        (tools / "ray").write_text(f"#!/bin/bash\n[ $1 = health-check ] && {answers}\n")
+        (tools / "ray").chmod(0o755)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        if listens:
+            server.listen()
+        done = subprocess.run(
+            ["bash", "-c", launch.probe(port)],
+            env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stdout.strip() == said
+    assert all(marker not in launch.probe(port) for marker in (launch.UP, launch.DOWN))
