@@ -70,21 +70,22 @@ def tables(trials: Sequence[Record]) -> Iterable[str]:
     full = [t for t in trials if config(t, "bits") == "fp32"]
     ratios = [t for t in full if "ratio" in t.config and config(t, "ratio") > 0]
     sizes = [t for t in full if "size" in t.config]
-    plain = [t for t in sizes if config(t, "calibration_weighting", "uniform") == "uniform"]
+    both = [t for t in sizes if config(t, "networks") == "both"]
+    plain = [t for t in both if config(t, "calibration_weighting", "uniform") == "uniform"]
     usual = [t for t in plain if config(t, "coarse_weight", 0.1) == 0.1]
     chain = [t for t in sizes if config(t, "allocation") == "chain"]
-    best = [t for t in chain if method(t) == "obs + obs"]
+    best = [t for t in chain if method(t) in ("obs + obs", "obs + obs, pixel")]
     few = [t for t in trials if config(t, "bits") != "fp32" and "mask" not in t.config]
     yield from table("The same ratio in every layer", ratios, method, by("ratio"))
     yield from table("Allocation of a size", usual, by_allocation, by("size"))
     weights = [t for t in best if config(t, "calibration_weighting") == "uniform"]
     yield from table("How much errors of the coarse network count", weights, coarse, by("size"))
-    alike = [t for t in best if config(t, "coarse_weight") == 0.1]
+    alike = [t for t in best if config(t, "coarse_weight") == 0.1 and method(t) == "obs + obs"]
     yield from table("Weighting of the calibration", alike, by("calibration_weighting"), by("size"))
     yield from table(
         "Few bits",
         few,
-        lambda t: f"{config(t, 'networks')}, {config(t, 'bits')}",
+        lambda t: f"{config(t, 'networks')}, {config(t, 'bits')}{few_bits_differ(t)}",
         lambda t: shown(config(t, "size", "nothing removed")),
     )
     masks = [t for t in trials if "mask" in t.config]
@@ -98,9 +99,19 @@ def by_allocation(record: Record) -> str:
 
 
 def coarse(record: Record) -> str:
-    """The coarse weight; behind ``auto`` the one that was chosen."""
-    given = config(record, "coarse_weight")
-    return f"auto ({record.metrics['coarse_weight']:g})" if given == "auto" else shown(given)
+    """Whose errors count, and the coarse weight; behind ``auto`` the one that was chosen."""
+    given, whose = config(record, "coarse_weight"), config(record, "errors", "layer")
+    if config(record, "networks") == "shared":
+        return f"shared, {whose}"
+    weight = f"auto ({record.metrics['coarse_weight']:g})" if given == "auto" else shown(given)
+    return f"{weight}, {whose}"
+
+
+def few_bits_differ(record: Record) -> str:
+    """What tells apart the trials of one scheme of few bits."""
+    rays = config(record, "calibration_rays", 256)
+    whose = config(record, "errors", "layer")
+    return ("" if whose == "layer" else f", {whose}") + ("" if rays == 256 else f", {rays} rays")
 
 
 def table(title: str, trials: Sequence[Record], row: Key, column: Key) -> Iterable[str]:
