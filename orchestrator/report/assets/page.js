@@ -125,7 +125,7 @@
         }
       }
       if (found.length >= 2) {
-        const step = Math.max(1, Math.ceil(found.length / (wanted + 2)));
+        const step = Math.max(1, Math.ceil(found.length / (wanted + 1)));
         return found.filter((_, i) => i % step === 0);
       }
       return niceTicks(10 ** f.low, 10 ** f.high, wanted);
@@ -225,7 +225,8 @@
     const padY = logY ? (Math.max(...ys) / Math.min(...ys)) ** 0.06 : (Math.max(...ys) - Math.min(...ys)) * 0.06 || 0.5;
     const y = logY ? scale(Math.min(...ys) / padY, Math.max(...ys) * padY, box.bottom, box.top, true)
       : scale(Math.min(...ys) - padY, Math.max(...ys) + padY, box.bottom, box.top, false);
-    axes(box, x, y, { x: axis.title + (logX ? " (log)" : ""), y: plane.title, showX: axis.show,
+    axes(box, x, y, { x: axis.title + (logX ? " (log)" : ""), y: plane.title,
+      showX: (v) => axis.show(v).replace(/\.0+ /, " "),
       showY: plane.y === "render_seconds" ? seconds : (v) => +v.toPrecision(4) + "" });
     const dense = others.filter((p) => p.model.role === "dense");
     for (const p of dense) {
