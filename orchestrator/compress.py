@@ -141,6 +141,7 @@ class Compressed:
         pruned: what was done to each pruned network.
         size: of the file, in bytes.
         bits: how its weights are stored: what `auto` chose.
+        few: what the file holds, where weights are stored in few bits.
         notes: what was chosen on the way, for the record.
     """
 
@@ -148,6 +149,7 @@ class Compressed:
     pruned: Mapping[str, Reduced]
     size: int
     bits: Bits
+    few: Mapping[str, Packed] | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -398,7 +400,7 @@ def _shrink_to_file(
     save_model(path, fitted.model, info, fitted.few)
     model = _read_back(path, fitted.model, config.bits)
     notes = {} if weight is None else {"coarse_weight": float(weight)}
-    return Compressed(model, fitted.pruned, fitted.size, fitted.bits, notes)
+    return Compressed(model, fitted.pruned, fitted.size, fitted.bits, fitted.few, notes)
 
 
 def _best_fit(

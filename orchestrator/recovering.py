@@ -35,7 +35,7 @@ from orchestrator.compress import (
     with_fields,
 )
 from orchestrator.log import logger
-from orchestrator.modelfile import AUTO, TRAINED_SCHEMES, Bits, packed
+from orchestrator.modelfile import AUTO, RATE, TRAINED_SCHEMES, Bits, packed
 from orchestrator.plan import TrialConfig
 from pruning import (
     SCHEMES,
@@ -138,6 +138,7 @@ def recover_pruned(
     pruned: dict[str, Pruned] = {}
     model, seconds = dense, 0.0
     bits: Bits = config.bits
+    few: Mapping[str, Packed] | None = None
     for number in range(first, len(sizes)):
         if begun[number].is_file():
             model, pruned, seconds, bits = _begun(begun[number], dense, config.networks)
@@ -150,6 +151,8 @@ def recover_pruned(
                 small = compress(path, model, part, material, info)
             model = with_fields(model, config.networks, small.pruned)
             pruned, bits = _together(dense, pruned, small.pruned), small.bits
+            if bits == RATE:  # its file has layers and scales of channels of its own
+                model, few = small.model, small.few
             if number:
                 _write_begun(begun[number], model, pruned, seconds, bits)
         recovery = _trained(
@@ -164,8 +167,9 @@ def recover_pruned(
             ground.running / f"state-{number}.safetensors",
             ground,
             partial(_squeeze, size=config.size, bits=bits, info=info)
-            if number == last and recover.squeeze > 1 and config.size is not None
+            if number == last and (recover.squeeze > 1 or bits == RATE) and config.size is not None
             else None,
+            few,
         )
         model = recovery.student
         seconds += recovery.seconds
@@ -182,7 +186,9 @@ def round_sizes(
     steps = 1 if config.recover is None else config.recover.steps
     if config.size is None:
         return (None,) * steps
-    size = round(config.size * (1 - MARGIN)) if _coded(config.bits) else config.size
+    # What `rate` is trained to is the size of the file itself.
+    margin = MARGIN if _coded(config.bits) and config.bits != RATE else 0.0
+    size = round(config.size * (1 - margin))
     if config.recover is not None and config.recover.squeeze > 1:
         size = round(config.size * config.recover.squeeze)
     if steps == 1:
@@ -195,7 +201,7 @@ def round_sizes(
 
 def _coded(bits: str) -> bool:
     """Whether the bytes of a weight depend on its value."""
-    return bits == AUTO or SCHEMES[bits].kind != "float"
+    return bits in (AUTO, RATE) or SCHEMES[bits].kind != "float"
 
 
 def _together(
@@ -292,7 +298,7 @@ def train_control(
     """
     if config.recover is None:
         raise ValueError("a control is trained as a recovery is; this one has none")
-    bits = NARROW_BITS if config.bits == AUTO else config.bits
+    bits = NARROW_BITS if config.bits in (AUTO, RATE) else config.bits
     if config.control == "dense_longer":
         student = copy.deepcopy(dense)
     else:
@@ -370,8 +376,11 @@ def _trained(
     state: Path,
     ground: Ground,
     squeeze: Callable[[Recovery], None] | None = None,
+    few: Mapping[str, Packed] | None = None,
 ) -> Recovery:
     """Train to the end, going on from a saved state where there is one.
+
+    Rounding begins on the grids of `few`, where they are given.
 
     `squeeze` is called when rounding begins, and `SQUEEZES` times in all until it ends.
     """
@@ -393,7 +402,7 @@ def _trained(
         while not recovery.done:
             late = recovery.iteration >= recipe.rounding_at
             if late and not recovery.rounding and bits != "fp32":
-                recovery.round_weights(_rounding(recovery.student, trained, bits))
+                recovery.round_weights(_rounding(recovery.student, trained, bits, few))
             if squeeze is not None and recovery.rounding:
                 every = max(1, (recipe.iterations - recipe.rounding_at) // SQUEEZES)
                 place = (recovery.iteration - recipe.rounding_at) % every
@@ -441,14 +450,27 @@ def _squeeze(recovery: Recovery, size: int, bits: Bits, info: Mapping[str, Any])
 
 
 def _rounding(
-    model: NerfModel, trained: tuple[str, ...], bits: Bits
+    model: NerfModel,
+    trained: tuple[str, ...],
+    bits: Bits,
+    few: Mapping[str, Packed] | None = None,
 ) -> dict[str, dict[str, RoundedLayer]]:
-    """How the layers are rounded from now on: beginning with what quantising them now gives."""
+    """How the layers are rounded from now on: beginning with what quantising them now gives.
+
+    Where `few` is given, beginning with its tables: how finely each row is rounded was chosen when
+    the file was fitted, and training moves the weights on those grids.
+    """
     layers: dict[str, dict[str, RoundedLayer]] = {}
     for name in trained:
         network = network_of(model.stored()[name])
-        schemes = _schemes(bits, name, network)
-        tables = quantize(network, schemes).tables
+        if few is None:
+            schemes = _schemes(bits, name, network)
+            tables = quantize(network, schemes).tables
+        else:
+            schemes = few[name].schemes()
+            tables = {
+                layer: {"scale": few[name].arrays[f"{layer}/scale"]} for layer in network.weights
+            }
         layers[name] = {
             layer: RoundedLayer.begin(schemes[layer], weight, tables[layer])
             for layer, weight in network.weights.items()
@@ -520,10 +542,11 @@ def _contents(recovery: Recovery, bits: Bits, factor: float) -> dict[str, Packed
     contents = {}
     for name, field in model.stored().items():
         network = network_of(field)
-        schemes = _schemes(bits, name, network)
         if name not in recovery.rounding:
+            schemes = _schemes(bits, name, network)
             arrays = quantize(network, schemes).tensors()
         else:
+            schemes = {layer: of.scheme for layer, of in recovery.rounding[name].items()}
             codes, tables = {}, {}
             for layer, trained in recovery.rounding[name].items():
                 rounded = trained.coarser(factor)

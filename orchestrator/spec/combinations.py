@@ -151,13 +151,25 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if squeezed and "sizes" not in grid:
         yield "recover.squeeze", "only a grid with `sizes` has a size to squeeze to"
         squeezed = False
+    yield from _recovered_bits(grid, recover, squeezed)
+
+
+def _recovered_bits(
+    grid: dict[str, Any], recover: dict[str, Any], squeezed: bool
+) -> Iterator[tuple[str, str]]:
     for name in _names(grid, "bits", "fp32"):
         if squeezed and name in SCHEMES and not name.startswith("int"):
             yield "recover.squeeze", f"only int2 to int8 can be squeezed, not {name!r}"
-        if name == "rate" or (name in SCHEMES and SCHEMES[name].needs_statistics):
-            alike = "int8" if name == "rate" else SCHEMES[name].stored_as
+        if name == "rate" and squeezed:
+            yield (
+                "recover.squeeze",
+                "`rate` is fitted to the size, and trained to keep to it",
+            )
+        if name == "rate" and recover.get("steps", 1) not in (1, [1]):
+            yield "recover.steps", "`rate` fits one file; it is recovered in one round"
+        if name in SCHEMES and SCHEMES[name].needs_statistics:
             yield (
                 "bits",
                 f"{name!r} looks at data to round well, and a recovery trains the rounded weights "
-                f"themselves; {alike!r} is stored alike",
+                f"themselves; {SCHEMES[name].stored_as!r} is stored alike",
             )

@@ -90,6 +90,8 @@ GRIDS = (
     },
     {"ratios": 0.5, "calibration": {"views": 2, "rays": 64}, "recover": RECOVER},
     {**SMALL, "sizes": "7kB", "bits": "auto", "recover": {**RECOVER, "controls": "narrow"}},
+    {**SMALL, "sizes": "5kB", "bits": "rate", "recover": {**RECOVER, "controls": []}},
+    {**SMALL, "sizes": "5kB", "bits": "rate"},
     {
         **SMALL,
         "sizes": "4kB",
@@ -253,6 +255,17 @@ def test_layers_that_choose_their_bits_are_trained_in_them(done: Done) -> None:
     assert {*layers} <= {f"int{bits}" for bits in range(3, 9)}
     control, _ = record_of(done, control="narrow", bits="auto")
     assert {*schemes_of(bench.store.folder("control", control.key) / MODEL)} == {"int6"}
+
+
+def test_weights_of_one_step_are_trained_on_their_grids(done: Done) -> None:
+    bench, plan = done
+    trial, record = record_of(done, bits="rate", recover_iterations=80)
+    path = bench.store.folder("trial", trial.key) / MODEL
+    assert 0.9 * 5000 < path.stat().st_size == record.metrics["size_bytes"] <= 5000
+    untrained = next(t for t in plan.trials if t.config.bits == "rate" and t.config.recover is None)
+    before = bench.store.read_record("trial", untrained.key)
+    assert record.metrics["validation_psnr"] > before.metrics["validation_psnr"]
+    assert record.widths == before.widths
 
 
 def test_rounds_prune_further_and_further(
