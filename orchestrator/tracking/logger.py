@@ -300,6 +300,8 @@ class TrackingLogger:
                     log.debug("logging %s failed", what, exc_info=True)
                     self._well, problem = False, brief(error)
                     attempts += not is_outage(error, self.uri)
+            if self._closing.is_set():
+                delay = min(delay, CLOSING_DELAY)  # somebody waits, and not for long
             if attempts >= ATTEMPTS or time.monotonic() + delay > self._deadline:
                 self._unlogged.append((what, problem))
                 return
@@ -307,7 +309,7 @@ class TrackingLogger:
                 log.info("cannot log %s yet (%s); trying again in the background", what, problem)
                 self._told = True
             if self._closing.is_set():
-                time.sleep(min(delay, CLOSING_DELAY))  # somebody waits
+                time.sleep(delay)
             else:
                 self._closing.wait(delay)
             delay = min(2 * delay, LONGEST_DELAY)

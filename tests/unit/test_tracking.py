@@ -345,6 +345,25 @@ def test_what_cannot_be_logged_is_said_and_logged_the_next_time(
     assert Seen(store).one(records[1].key).info.status == "FINISHED"
 
 
+def test_an_outage_at_the_end_is_waited_for_as_long_as_patience_lasts(
+    store: Store, records: tuple[Record, Record, Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back: list[float] = []  # when the store answers again
+    monkeypatch.setattr("orchestrator.tracking.logger.FIRST_DELAY", 30.0)  # long away already
+    monkeypatch.setattr("orchestrator.tracking.logger.PROBE_AGAIN", 0.0)
+    monkeypatch.setattr("orchestrator.tracking.logger.CLOSING_DELAY", 0.1)
+    monkeypatch.setattr(
+        "orchestrator.tracking.stores.unreachable",
+        lambda _: "away" if back and time.monotonic() < back[0] else None,
+    )
+    with tracking(store, patience=20.0) as logger:
+        assert logger.flush(timeout=30)
+        back.append(time.monotonic() + 1.0)
+        logger.record(records[1])
+    assert logger.unlogged == ()
+    assert Seen(store).one(records[1].key).info.status == "FINISHED"
+
+
 def test_a_store_that_is_slow_is_waited_for_as_long_as_it_answers(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
