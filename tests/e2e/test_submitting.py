@@ -27,6 +27,8 @@ def sweep_for(head: Head, **train: Any) -> dict[str, Any]:
     sweep = copy.deepcopy(SWEEP) | {"storage": str(head.folder / "out")}
     sweep["prune"] |= {"criteria": ["magnitude"]}
     sweep["train"] |= train
+    # The head has two CPUs: one sweep's training leaves room for another's.
+    sweep["resources"] = {"train": {"cpus": 1}}
     return sweep
 
 
