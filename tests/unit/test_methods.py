@@ -199,9 +199,19 @@ def record_of(trial: Trial) -> Record:
             "all networks of a file",
         ),
         (
-            {"sizes": 9000, "bits": "rate", "recover": {"iterations": 5}},
+            {"sizes": 9000, "bits": "rate", "recover": {"iterations": 5, "squeeze": 2}},
+            "prune[0].recover.squeeze",
+            "fitted to the size",
+        ),
+        (
+            {"sizes": 9000, "bits": "rate", "recover": {"iterations": 5, "steps": 2}},
+            "prune[0].recover.steps",
+            "one round",
+        ),
+        (
+            {"sizes": 9000, "bits": "gptq4", "recover": {"iterations": 5}},
             "prune[0].bits",
-            "'int8' is stored alike",
+            "'int4' is stored alike",
         ),
         ({"sizes": 9000, "coarse_weight": "best"}, "prune[0].coarse_weight", "`auto`"),
         ({"sizes": 9000, "coarse_weight": 0}, "prune[0].coarse_weight", "above 0"),

@@ -164,7 +164,8 @@ def reference(criterion: str, name: str) -> list[float]:  # noqa: PLR0911 (one c
     raise AssertionError(criterion)
 
 
-ELSEWHERE = {"random", "obs", "taylor"}  # tested by the contract, test_pruning_elimination, below
+# Tested by the contract, test_pruning_elimination, below, and test_pruning_lasso.
+ELSEWHERE = {"random", "obs", "taylor", "lasso"}
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - ELSEWHERE))
