@@ -36,6 +36,7 @@ def test_a_term_does_what_ctrl_c_does_at_the_moment() -> None:
 
 def test_a_handler_that_was_there_comes_back() -> None:
     said: list[int] = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Tune leaves its own
     signal.signal(signal.SIGTERM, lambda number, _frame: said.append(number))
     with term_is_ctrl_c(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
