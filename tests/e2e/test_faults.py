@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.chaos.sabotage import Fault, FaultyBench, environment, happened
 from orchestrator.plan import make_plan
@@ -45,7 +46,19 @@ def measured(out: Path) -> dict[str, dict[str, float]]:
 
 
 def undisturbed(path: Path, folder: Path) -> dict[str, dict[str, float]]:
-    """What the sweep measures when this process does everything, one after another."""
+    """What the sweep measures when this process does everything, one after another.
+
+    On one thread, as workers do: how many there are decides the order of sums.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _one_after_another(path, folder)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _one_after_another(path: Path, folder: Path) -> dict[str, dict[str, float]]:
     sweep, _ = open_sweep(path)
     store = Store(folder)
     plan, watch = make_plan(sweep, store), Stopwatch()
