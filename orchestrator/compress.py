@@ -5,7 +5,7 @@ codes are shorter than their bits. What all that takes is measured on the file i
 budget corrected until the file fits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
@@ -487,11 +487,11 @@ def _fit_by_rate(
     best: tuple[float, Fitted] | None = None
     tried: set[tuple[int, ...]] = set()
     for bits in LEAST_BITS if material.validate is not None else LEAST_BITS[:1]:
-        stepped, pruned = _rounded_at(bits, dense, networks, config, material, info)
-        widths = tuple(int(k.sum()) for of in pruned.values() for k in of.keep.values())
-        if widths in tried:
+        found = _rounded_at(bits, dense, networks, config, material, info, tried)
+        if found is None:
             continue
-        tried.add(widths)
+        stepped, pruned = found
+        tried.add(_widths_left(pruned))
         fitted = Fitted(stepped.size, stepped.model, stepped.few, pruned, config.bits)
         if material.validate is None:
             return fitted
@@ -510,8 +510,13 @@ def _rounded_at(
     config: TrialConfig,
     material: Material,
     info: Mapping[str, Any],
-) -> tuple[Stepped, dict[str, Pruned]]:
-    """Prune to so many bits a weight, and round what is left to the size of the file."""
+    tried: Collection[tuple[int, ...]],
+) -> tuple[Stepped, dict[str, Pruned]] | None:
+    """Prune to so many bits a weight, and round what is left to the size of the file.
+
+    None where that leaves widths that were tried: rounding them again, the dear part, would come to
+    the same file.
+    """
     statistics = material.statistics or {}
     rounding = {"coarse": ROUNDING_WEIGHT, "fine": 1.0}
     size = budget = config.size or 0
@@ -530,6 +535,8 @@ def _rounded_at(
             )
         except BudgetError as error:
             raise BudgetError(f"a file of {size:,} bytes is too small; {error}") from error
+        if _widths_left(pruned) in tried:
+            return None
 
         def assemble(
             found: Mapping[str, Network], pruned: Mapping[str, Pruned] = pruned
@@ -547,6 +554,11 @@ def _rounded_at(
         except BudgetError:
             # Too many biases, scales and tables for so small a file: fewer channels.
             budget = budget * 3 // 4
+
+
+def _widths_left(pruned: Mapping[str, Pruned]) -> tuple[int, ...]:
+    """How many channels each layer kept."""
+    return tuple(int(k.sum()) for of in pruned.values() for k in of.keep.values())
 
 
 def _attempts(
