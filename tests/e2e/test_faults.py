@@ -19,17 +19,10 @@ from orchestrator.provenance import Origin
 from orchestrator.stages import Stopwatch, Workbench
 from orchestrator.store import Store
 from orchestrator.sweep import open_sweep, run
+from tests.e2e import marks
 from tests.e2e.test_sweep import mlflow_runs, records
 
-pytestmark = [
-    pytest.mark.e2e,
-    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
-]
+pytestmark = marks.SWEEP
 
 WriteSweep = Callable[..., Path]
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]

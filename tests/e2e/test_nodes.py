@@ -13,17 +13,10 @@ from orchestrator.plan import Training
 from orchestrator.progress import Progress
 from orchestrator.results import Record
 from orchestrator.sweep import run
+from tests.e2e import marks
 from tests.e2e.test_sweep import mlflow_runs
 
-pytestmark = [
-    pytest.mark.e2e,
-    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
-]
+pytestmark = marks.SWEEP
 
 WriteSweep = Callable[..., Path]
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

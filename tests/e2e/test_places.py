@@ -9,17 +9,10 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.store import Store
+from tests.e2e import marks
 from tests.services import KEYS, make_bucket, postgres, s3_server
 
-pytestmark = [
-    pytest.mark.e2e,
-    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
-]
+pytestmark = marks.SWEEP
 
 WriteSweep = Callable[..., Path]
 

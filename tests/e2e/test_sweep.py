@@ -13,16 +13,9 @@ from orchestrator.plan import make_plan
 from orchestrator.spec import load
 from orchestrator.store import Store
 from orchestrator.sweep import open_sweep, run
+from tests.e2e import marks
 
-pytestmark = [
-    pytest.mark.e2e,
-    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
-]
+pytestmark = marks.SWEEP
 
 WriteSweep = Callable[..., Path]
 

@@ -16,18 +16,10 @@ import psutil
 import pytest
 
 from orchestrator.cli import main
+from tests.e2e import marks
 from tests.services import free_port, postgres_tools
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.slow,
-    # Ray and its dependencies, not ours: sockets and processes that they leave to the collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:ray"),
-]
+pytestmark = [*marks.SWEEP, pytest.mark.slow]
 
 WriteSweep = Callable[..., Path]
 SCRIPT = Path(__file__).parents[2] / "infra" / "tracking" / "serve.sh"
