@@ -16,6 +16,7 @@ from typing import Literal
 from orchestrator.results import Record
 
 Quality = Literal["psnr", "mse"]
+Rays = Literal["held-out", "validation"]
 REFERENCE_PSNR = 10.0
 """PSNR of the default reference point, in dB: below it a render no longer shows its scene."""
 
@@ -27,8 +28,8 @@ class Point:
     Attributes:
         key: key of the record it stands for.
         size_bytes: bytes of the model's file.
-        psnr: mean PSNR over the held-out views, in dB.
-        mse: mean MSE over the held-out views, linear [0, 1] RGB.
+        psnr: mean PSNR over the held-out views, or over the validation rays, in dB.
+        mse: mean MSE over the same, linear [0, 1] RGB.
     """
 
     key: str
@@ -61,11 +62,18 @@ def default_reference(dense: Iterable[Record]) -> Reference | None:
     return Reference(max(sizes)) if sizes else None
 
 
-def points(records: Iterable[Record]) -> tuple[Point, ...]:
-    """The points of records that succeeded and hold size, PSNR and MSE; others have no place."""
+def points(records: Iterable[Record], rays: Rays = "held-out") -> tuple[Point, ...]:
+    """The points of records that succeeded and hold size, PSNR and MSE; others have no place.
+
+    Args:
+        records: trials, trainings.
+        rays: what quality was measured on.
+    """
+    prefix = "validation_" if rays == "validation" else ""
+    names = ("size_bytes", f"{prefix}psnr", f"{prefix}mse")
     found = []
     for record in records:
-        values = [record.metrics.get(name, math.nan) for name in ("size_bytes", "psnr", "mse")]
+        values = [record.metrics.get(name, math.nan) for name in names]
         if record.failure is None and not any(math.isnan(value) for value in values):
             found.append(Point(record.key, *map(float, values)))
     return tuple(found)

@@ -1,7 +1,10 @@
 """Which model of a sweep to ship: the answer to one question, with its reasons.
 
 Three questions: the best picture within a size, the smallest model with a picture that good, and
-the knee of the front. Candidates are the trials and the dense models.
+the knee of the front. Candidates are the trials with held-out scores and the dense models.
+
+The answer is chosen on the **validation rays**, and told with its figures on the held-out views:
+what is best of many by the very views that judge it looks better there than it is.
 """
 
 import math
@@ -16,13 +19,14 @@ from nerf.files import replacing
 from orchestrator import pareto
 from orchestrator.errors import SweepError
 from orchestrator.export import export, form_of
-from orchestrator.pareto import Point
+from orchestrator.pareto import Point, Rays
 from orchestrator.report.data import ReportData
 from orchestrator.results import Record, method_of
 from orchestrator.store import Store
 from orchestrator.units import show_bytes
 
 MODEL = "model.safetensors"
+RAYS: dict[Rays, str] = {"validation": "validation rays", "held-out": "held-out views"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Pick:
         dense: the dense model it comes from, where it was evaluated.
         model: its file.
         rule: the question that it answers, in words.
+        by: the rays whose PSNR it was chosen by.
         scene: folder of the scene it renders.
         view: a held-out view to look at, None where there is none.
     """
@@ -42,6 +47,7 @@ class Pick:
     dense: Record | None
     model: Path
     rule: str
+    by: Rays
     scene: Path | None
     view: int | None
 
@@ -57,15 +63,19 @@ class Pick:
         """The answer."""
         metrics = self.record.metrics
         what = f"{metrics['psnr']:.2f} dB at {show_bytes(int(metrics['size_bytes']))}"
+        why = f"{self.rule} on the {RAYS[self.by]}"
+        if self.by == "validation":
+            what = what.replace(" dB", " dB on the held-out views", 1)
+            why += f", {metrics['validation_psnr']:.2f} dB there"
         if self.record.kind == "training":
-            return f"Ship the dense model {self.record.training}: {what} ({self.rule})."
+            return f"Ship the dense model {self.record.training}: {what} ({why})."
         text = f"Ship trial {self.record.key} ({_method(self.record)}): {what}"
         if self.dense is not None:
             loss = self.dense.metrics["psnr"] - metrics["psnr"]
             times = self.dense.metrics["size_bytes"] / metrics["size_bytes"]
             side = f"{loss:.2f} dB under" if loss >= 0 else f"{-loss:.2f} dB above"
             text += f", {side} the dense model and {times:.1f} times smaller"
-        return f"{text} ({self.rule})."
+        return f"{text} ({why})."
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -74,6 +84,7 @@ class Pick:
             "kind": self.record.kind,
             "training": self.record.training,
             "rule": self.rule,
+            "chosen_by": self.by,
             "sentence": self.sentence,
             "model": str(self.model),
             "render": self.render_command,
@@ -87,21 +98,25 @@ def pick(
     max_size: int | None = None,
     min_psnr: float | None = None,
     scene: Path | None = None,
+    by: Rays | None = None,
 ) -> Pick:
     """The model to ship: within a size, at least that good, or (neither given) at the knee.
 
     Args:
         data: the sweep.
         max_size: the most bytes that the model file may have; the best picture within it wins.
-        min_psnr: the least PSNR in dB; the smallest model that reaches it wins.
+        min_psnr: the least PSNR in dB, on the rays that it is chosen by; the smallest model that
+            reaches it wins.
         scene: folder of the scene, for the command that renders.
+        by: what it is chosen by; None for the validation rays where all models were measured on
+            them, else the held-out views.
 
     Raises:
-        SweepError: no model fits; the message names the nearest.
+        SweepError: no model fits; the message names the nearest. Or some were not measured on the
+            validation rays that were asked for.
     """
-    models = pareto.points((*data.done, *(r for r in data.dense if r.failure is None)))
-    if not models:
-        raise SweepError(f"no model of the sweep {data.name} has a size and a PSNR yet")
+    by, models = _candidates(data, by)
+    there = f"on the {RAYS[by]}"
     if max_size is not None:
         rule = f"the best within {show_bytes(max_size)}"
         chosen = _best(
@@ -120,8 +135,8 @@ def pick(
         chosen = nearest = pareto.knee(pareto.front(models))
     if chosen is None:
         raise SweepError(
-            f"no model of the sweep {data.name} fits ({rule}); the nearest is {nearest.key} with "
-            f"{nearest.psnr:.2f} dB at {show_bytes(int(nearest.size_bytes))}"
+            f"no model of the sweep {data.name} fits ({rule} {there}); the nearest is "
+            f"{nearest.key} with {nearest.psnr:.2f} dB at {show_bytes(int(nearest.size_bytes))}"
         )
     record = data.by_key[chosen.key]
     views = [score.view for score in record.views]
@@ -130,6 +145,7 @@ def pick(
         dense=data.dense_of(record) if record.kind == "trial" else record,
         model=model_file(data.store, record),
         rule=rule,
+        by=by,
         scene=scene,
         view=min(views, default=None),
     )
@@ -159,6 +175,21 @@ def write_model(model: Path, out: Path) -> None:
             shutil.copyfile(model, temporary)
     else:
         export(out, *load_model(model), form)
+
+
+def _candidates(data: ReportData, by: Rays | None) -> tuple[Rays, tuple[Point, ...]]:
+    """What there is to choose from, with the quality that it is chosen by."""
+    models = {rays: data.candidates(rays) for rays in RAYS}
+    if not models["held-out"]:
+        raise SweepError(f"no model of the sweep {data.name} has a size and a PSNR yet")
+    by = by or data.chosen_by
+    if missing := len(models["held-out"]) - len(models[by]):
+        raise SweepError(
+            f"{missing} of {len(models['held-out'])} models of the sweep {data.name} were not "
+            "measured on validation rays (`train.validation: 0`, or an older version of "
+            "prunefield); choose --by held-out"
+        )
+    return by, models[by]
 
 
 def _best(fitting: Iterable[Point], order: Callable[[Point], Any]) -> Point | None:

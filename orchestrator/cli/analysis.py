@@ -57,6 +57,13 @@ def add_rule(parser: Any) -> None:
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument("--max-size", type=_size, metavar="BYTES", help="the best of at most this")
     rule.add_argument("--min-psnr", type=float, metavar="DB", help="the smallest of at least this")
+    parser.add_argument(
+        "--by",
+        choices=("validation", "held-out"),
+        help="whose PSNR decides: that of the validation rays (the default where all models have "
+        "one: the held-out views then judge a model that they did not choose) or of the held-out "
+        "views; the answer tells both",
+    )
     rule.add_argument(
         "--knee", action="store_true", help="where more bytes stop paying (the default)"
     )
@@ -68,7 +75,7 @@ def pick(options: argparse.Namespace) -> int:
     from orchestrator.pick import write_model
 
     data, sweep, store = _read(options.sweep)
-    chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path)
+    chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path, options.by)
     more: dict[str, Any] = {}
     if options.output:
         write_model(chosen.model, options.output)
@@ -97,15 +104,16 @@ def export(options: argparse.Namespace) -> int:
     form = options.format or form_of(options.output)
     source, said = options.model, {}
     of_sweep = source.suffix in SWEEP_FILES
-    asked = options.max_size is not None or options.min_psnr is not None or options.knee
+    asked = options.max_size is not None or options.min_psnr is not None
+    asked = asked or options.knee or options.by is not None
     if not of_sweep and (asked or options.register is not None):
         raise OrchestratorError(
-            f"{source} is a model: --max-size, --min-psnr, --knee and --register choose and "
-            "register one of a sweep, whose file ends with .yaml"
+            f"{source} is a model: --max-size, --min-psnr, --knee, --by and --register choose "
+            "and register one of a sweep, whose file ends with .yaml"
         )
     if of_sweep:
         data, sweep, store = _read(source)
-        chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path)
+        chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path, options.by)
         source, said = chosen.model, chosen.to_json()
     _check_output(options.output)
     size = write(options.output, *load_model(source), form)

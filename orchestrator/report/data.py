@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator import pareto
-from orchestrator.pareto import Point, Quality, Reference
+from orchestrator.pareto import Point, Quality, Rays, Reference
 from orchestrator.results import Record, method_of
 from orchestrator.store import Store
 
@@ -89,6 +89,22 @@ class ReportData:
     def points(self) -> tuple[Point, ...]:
         """The trials on the size-quality plane."""
         return pareto.points(self.done)
+
+    def candidates(self, rays: Rays) -> tuple[Point, ...]:
+        """What there is to ship: trials and dense models with held-out scores.
+
+        Args:
+            rays: the quality of the points; who was not measured on them is left out.
+        """
+        records = (*self.done, *(r for r in self.dense if r.failure is None))
+        judged = {point.key for point in pareto.points(records)}
+        return tuple(p for p in pareto.points(records, rays) if p.key in judged)
+
+    @cached_property
+    def chosen_by(self) -> Rays:
+        """What a model to ship is chosen by: validation rays, where all were measured on them."""
+        every = len(self.candidates("validation")) == len(self.candidates("held-out"))
+        return "validation" if every else "held-out"
 
     def front(self, quality: Quality = "psnr") -> tuple[Point, ...]:
         """The non-dominated trials, smallest first."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from orchestrator import pareto
 from orchestrator.keys import content_key
+from orchestrator.pareto import Rays
 from orchestrator.report.data import ReportData, number
 from orchestrator.results import Record
 from orchestrator.units import show_bytes
@@ -199,15 +200,16 @@ def below_front(data: ReportData, quality: str = "psnr") -> Callable[[Record], f
     return gap
 
 
-def history(data: ReportData) -> list[float]:
-    """The hypervolume after each trial with a result, in the order in which they ended."""
+def history(data: ReportData, rays: Rays = "held-out") -> list[float]:
+    """The hypervolume after each trial measured on these rays, in the order in which they ended."""
     if data.corner is None:
         return []
-    ended = sorted(data.done, key=_ended)
+    measured = {point.key for point in pareto.points(data.done, rays)}
+    ended = sorted((trial for trial in data.done if trial.key in measured), key=_ended)
     found: list[float] = []
     front: tuple[pareto.Point, ...] = ()
     for record in ended:
-        front = pareto.front([*front, *pareto.points([record])])
+        front = pareto.front([*front, *pareto.points([record], rays)])
         found.append(pareto.hypervolume(front, data.corner))
     return found
 

@@ -186,8 +186,9 @@ def _effects(data: ReportData) -> str:
         return '<p class="none">No trial has a result.</p>'
     searched = quality_of(data) == "validation_psnr"
     what = "PSNR on validation rays" if searched else "PSNR"
+    where = ", on validation rays" if searched else ""
     progress = (
-        '<div class="card"><h3>Hypervolume over trials</h3>'
+        f'<div class="card whole"><h3>Hypervolume over trials{where}</h3>'
         '<div class="chart" id="history"></div></div>'
         if data.corner is not None
         else ""

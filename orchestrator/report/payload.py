@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import pareto
+from orchestrator.pareto import Rays
 from orchestrator.report import effects
 from orchestrator.report.data import ReportData, number
 from orchestrator.report.effects import FACETS, Facet
@@ -46,7 +47,7 @@ def payload(data: ReportData, album: Album) -> str:
         "colour": _colour(data, facets),
         "models": models,
         "first": _first(data, models),
-        "history": [_rounded(v) for v in _in_kilobytes(effects.history(data))],
+        "history": [_rounded(v) for v in _in_kilobytes(effects.history(data, rays_of(data)))],
         "history_unit": "kB·dB",
         "importance": {
             "psnr": _shares(effects.importance(data.done, lambda r: number(r, quality))),
@@ -67,11 +68,16 @@ def quality_of(data: ReportData) -> str:
     return "validation_psnr" if len(searched) > len(data.done) / 2 else "psnr"
 
 
+def rays_of(data: ReportData) -> Rays:
+    """What most trials were measured on."""
+    return "validation" if quality_of(data) == "validation_psnr" else "held-out"
+
+
 def _colour(data: ReportData, facets: Sequence[Facet]) -> str:
-    """What marks are coloured by: the method, or what matters most if there are too many."""
-    if len({_method(trial) for trial in data.done}) <= MAX_COLOURS:
+    """What marks are coloured by: the method, or what matters most if there is one or too many."""
+    if 1 < len({_method(trial) for trial in data.done}) <= MAX_COLOURS:
         return "method"
-    shares = dict(effects.importance(data.done, effects.below_front(data)))
+    shares = dict(effects.importance(data.done, effects.below_front(data, quality_of(data))))
     few = [f for f in facets if len({f.value(t) for t in data.done}) <= MAX_COLOURS]
     return max(few, key=lambda f: shares.get(f.label, 0.0)).key if few else "method"
 
@@ -163,8 +169,8 @@ def _command(data: ReportData, record: Record) -> str | None:
 
 
 def _first(data: ReportData, models: list[dict[str, Any]]) -> str | None:
-    """The model to show first: the knee of the front."""
-    front = data.front()
+    """The model to show first: the knee of the front, as `prunefield pick` chooses it."""
+    front = pareto.front(data.candidates(data.chosen_by))
     if front:
         return pareto.knee(front).key
     return models[0]["id"] if models else None

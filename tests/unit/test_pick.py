@@ -118,6 +118,53 @@ def test_the_answer_names_trial_loss_file_and_command() -> None:
     assert data["id"] == chosen.record.key
 
 
+def validated(data: ReportData, *psnrs: float) -> ReportData:
+    """The same sweep, its trials and its dense model measured on validation rays as well."""
+
+    def on_rays(record: Record, psnr: float) -> Record:
+        more = {"validation_psnr": psnr, "validation_mse": 10 ** (-psnr / 10)}
+        return replace(record, metrics={**record.metrics, **more})
+
+    trials = tuple(on_rays(t, p) for t, p in zip(data.trials, psnrs, strict=True))
+    return replace(data, dense=(on_rays(data.dense[0], 26.0),), trials=trials)
+
+
+def test_validation_rays_choose_and_held_out_views_judge() -> None:
+    # By the held-out views the second is best within 300 bytes; by the validation rays the first.
+    data = validated(sweep((200, 20.0), (300, 20.5), (400, 23.0)), 21.4, 21.2, 24.0)
+    chosen = pick(data, max_size=300)
+    assert (measured(chosen.record), chosen.by) == ((200, 20.0), "validation")
+    assert "20.00 dB on the held-out views" in chosen.sentence
+    assert "the best within 300 bytes on the validation rays, 21.40 dB there" in chosen.sentence
+    assert chosen.to_json()["chosen_by"] == "validation"
+    other = pick(data, max_size=300, by="held-out")
+    assert measured(other.record) == (300, 20.5)
+    assert "on the held-out views" in other.sentence and "there" not in other.sentence
+    assert measured(pick(data, min_psnr=21.3).record) == (200, 20.0)
+    assert measured(pick(data, min_psnr=21.3, by="held-out").record) == (400, 23.0)
+    with pytest.raises(SweepError, match=r"30 dB on the validation rays\).* 26\.00 dB"):
+        pick(data, min_psnr=30.0)
+
+
+def test_without_validation_figures_of_all_the_held_out_views_choose() -> None:
+    data = validated(sweep((200, 20.0), (300, 20.5)), 21.4, 21.2)
+    old = replace(data.trials[0], metrics=sweep((200, 20.0)).trials[0].metrics)
+    mixed = replace(data, trials=(old, data.trials[1]))
+    chosen = pick(mixed, max_size=300)
+    assert (chosen.by, measured(chosen.record)) == ("held-out", (300, 20.5))
+    with pytest.raises(SweepError, match=r"1 of 3 models .* --by held-out"):
+        pick(mixed, max_size=300, by="validation")
+
+
+def test_what_a_search_never_rendered_is_not_shipped() -> None:
+    data = validated(sweep((200, 20.0), (300, 20.5)), 21.4, 25.0)
+    unseen = dict(data.trials[1].metrics)
+    del unseen["psnr"]
+    searched = replace(data, trials=(data.trials[0], replace(data.trials[1], metrics=unseen)))
+    chosen = pick(searched, max_size=300)
+    assert (chosen.by, measured(chosen.record)) == ("validation", (200, 20.0))
+
+
 def test_failed_trials_are_no_candidates() -> None:
     data = sweep()
     failed = trial_record(data.dense[0], 0.5, failure=Failure("prune", "no"))

@@ -149,15 +149,24 @@ def test_a_filter_hides_trials_everywhere(opened: Opened, data: ReportData) -> N
     left = [t for t in data.done if t.config["criterion"] != "random"]
     assert opened.page.locator("#count").inner_text() == f"{len(left)} of {len(data.done)} trials"
     assert opened.dots() == 12 + 1 + 2
+    assert opened.page.locator("#reset").is_visible()
     hidden = opened.page.locator("#trials-table tr[data-id][hidden]").count()
     assert hidden == len(data.done) - len(left)
     opened.page.locator("#reset").click()
     assert opened.dots() == 18 + 1 + 2
+    assert not opened.page.locator("#reset").is_visible()
 
 
 def test_only_one_value_after_a_double_click(opened: Opened) -> None:
     opened.page.locator('.chip[data-key="networks"][data-value="coarse"]').dblclick()
     assert opened.dots() == 9 + 2
+
+
+def test_only_one_value_by_keyboard(opened: Opened, data: ReportData) -> None:
+    opened.page.locator('.chip[data-key="networks"][data-value="coarse"]').press("Shift+Enter")
+    assert opened.dots() == 9 + 2
+    coarse = sum(t.config["networks"] == "coarse" for t in data.done)
+    assert opened.page.locator("#count").inner_text() == f"{coarse} of {len(data.done)} trials"
 
 
 def test_the_swipe_slider_moves_by_keyboard_and_mouse(opened: Opened) -> None:
@@ -284,12 +293,19 @@ def test_a_search_is_seen_on_the_rays_that_it_was_chosen_by(chromium: Any, tmp_p
     for number in range(12):
         ratios = {f"fine_layer_{i}_ratio": (number + i) / 13 for i in range(2)}
         trial = trial_record(dense, 0.5, schedule="searched", **ratios)
-        metrics = {"size_bytes": 1e6 - 5e4 * number, "validation_psnr": 25.0 - number}
+        psnr = 25.0 - number
+        metrics = {"size_bytes": 1e6 - 5e4 * number, "validation_psnr": psnr}
+        metrics["validation_mse"] = 10 ** (-psnr / 10)
         trials.append(replace(trial, metrics=metrics, views=()))
     data = ReportData("search", "ab12" * 4, (dense,), tuple(trials), store)
     tab = Opened(chromium, write_report(data, tmp_path / "report").html)
     assert tab.dots() == 1  # the dense model: none of the trials saw a held-out view
+    said = tab.page.locator("#count").inner_text()
+    assert said.startswith("12 of 12 trials; 12 of them have no PSNR on held-out views")
     tab.page.get_by_role("button", name="validation").click()
+    assert tab.page.locator("#count").inner_text() == "12 of 12 trials"
+    assert "on validation rays" in tab.page.locator(".whole h3").inner_text()
+    assert tab.page.locator("#history svg path").count() == 2
     assert tab.dots() == 1 + len(trials)
     assert tab.page.locator("#importance-psnr").inner_text().startswith("fine layer")
     lines = tab.page.locator("#parallel svg path")

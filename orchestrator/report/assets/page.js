@@ -366,7 +366,7 @@
     }), text);
   }
   function controls() {
-    segments("planes", PLANES.map((p) => p.name), 0, (i) => { state.plane = i; drawFront(); });
+    segments("planes", PLANES.map((p) => p.name), 0, (i) => { state.plane = i; drawFront(); count(); });
     const row = $("switches");
     const colour = h("select", { "aria-label": "colour by", onchange: (e) => { state.colour = e.target.value; redraw(); } },
       ...[{ key: "method", label: "method" }, ...data.filters].map((f) => h("option", {
@@ -389,18 +389,15 @@
     for (const { key, label: name, values } of data.filters) {
       const chips = values.map((value) => h("button", {
         type: "button", class: "chip", "aria-pressed": "true", "data-key": key, "data-value": value,
-        title: "click: on or off; double click: this one only",
-        onclick: (event) => toggle(key, value, event.currentTarget),
+        title: "click: on or off; double click, or Shift and Enter: this one only",
+        onclick: (event) => (event.shiftKey ? only(key, value, values) : toggle(key, value)),
         ondblclick: () => only(key, value, values),
       }, value));
       box.append(h("fieldset", {}, h("legend", {}, name), ...chips));
     }
     $("filter-box").open = window.innerWidth > 720;
     $("filter-box").hidden = !data.filters.length;
-    if (data.filters.length) {
-      $("reset").hidden = false;
-      $("reset").addEventListener("click", () => { state.off = {}; press(); redraw(); });
-    }
+    $("reset").addEventListener("click", () => { state.off = {}; press(); redraw(); });
   }
   function toggle(key, value) {
     state.off[key] = state.off[key] || new Set();
@@ -428,7 +425,16 @@
     ...(data.published.some((p) => p.same) && state.published ? [h("li", {}, "△ published")] : []),
     ...(state.elsewhere ? [h("li", {}, "△ published for another resolution or as a mean over scenes: " +
       "not directly comparable")] : []));
-    $("count").textContent = `${visible().length} of ${trials.length} trials`;
+    count();
+  }
+  function count() {
+    const mine = visible(), plane = PLANES[state.plane];
+    const without = mine.filter((m) => m.m[plane.y] === undefined).length;
+    $("count").textContent = `${mine.length} of ${trials.length} trials` + (without
+      ? `; ${without} of them have no ${plane.name === "validation" ? "PSNR on all validation rays" : plane.name}` +
+        (plane.y === "psnr" && PLANES[PLANES.length - 1].name === "validation"
+          ? " on held-out views: they are under “validation”" : "") : "");
+    $("reset").hidden = mine.length === trials.length;
   }
 
   // --- the chosen model ------------------------------------------------------------------
@@ -473,10 +479,16 @@
       const code = h("code", {}, model.command);
       parts.push(h("div", { class: "copy" }, code, h("button", {
         type: "button", class: "button",
-        onclick: () => navigator.clipboard && navigator.clipboard.writeText(model.command).then(() => say("copied")),
+        onclick: (event) => copy(code, event.currentTarget),
       }, "copy")));
     }
     box.replaceChildren(...parts);
+  }
+  function copy(node, button) {
+    const done = () => { button.textContent = "copied"; say("copied"); };
+    const mark = () => getSelection().selectAllChildren(node); // to be copied by hand
+    if (navigator.clipboard) navigator.clipboard.writeText(node.textContent).then(done, mark);
+    else mark();
   }
   function signed(value, digits) { return (value >= 0 ? "+" : "−") + Math.abs(value).toFixed(digits); }
   function swipe(model) {
