@@ -109,19 +109,23 @@ def front(points: Iterable[Point], quality: Quality = "psnr") -> tuple[Point, ..
     return tuple(kept)
 
 
-def knee(front: tuple[Point, ...]) -> Point:
+def knee(front: tuple[Point, ...], up_to: float | None = None) -> Point:
     """The point of a front of size and PSNR where more bytes stop paying.
 
-    The one highest above the chord from the smallest to the largest point, sizes counted by their
-    logarithm (from 100 kB to 200 kB is as far as from 1 MB to 2 MB), both axes scaled to [0, 1].
+    The one highest above the chord from the front's smallest point to its end, sizes counted by
+    their logarithm (from 100 kB to 200 kB is as far as from 1 MB to 2 MB), both axes scaled to
+    [0, 1].
 
     Args:
         front: smallest first, at least one point.
+        up_to: the size of the largest model there is, in bytes: the front goes on level up to it,
+            so that its largest point may be the knee. None ends it at that point.
 
     Source: Satopää et al. 2011, "Finding a Kneedle in a Haystack".
     """
     sizes = [math.log(point.size_bytes) for point in front]
-    width, height = sizes[-1] - sizes[0], front[-1].psnr - front[0].psnr
+    end = sizes[-1] if up_to is None else max(sizes[-1], math.log(up_to))
+    width, height = end - sizes[0], front[-1].psnr - front[0].psnr
     if width <= 0 or height <= 0:
         return front[0]
     above = [

@@ -132,7 +132,8 @@ def pick(
         nearest = max(models, key=lambda p: p.psnr)
     else:
         rule = "the knee of the front of size and PSNR"
-        chosen = nearest = pareto.knee(pareto.front(models))
+        largest = max(point.size_bytes for point in models)
+        chosen = nearest = pareto.knee(pareto.front(models), largest)
     if chosen is None:
         raise SweepError(
             f"no model of the sweep {data.name} fits ({rule} {there}); the nearest is "

@@ -85,6 +85,7 @@ def _sweep_commands(command: Callable[..., Any]) -> None:
         "prunefield front sweeps/demo.yaml --json",
     )
     front.add_argument("sweep", type=Path, help="sweep file")
+    front.add_argument("--all", action="store_true", help="every trial, not the front alone")
     front.add_argument("--json", action="store_true", help="as JSON")
 
     ui = command(

@@ -6,6 +6,9 @@ import json
 from orchestrator.provenance import bundle_info
 from orchestrator.spec import load
 
+MANY = 40
+"""Trials from which on a run ends with the front alone."""
+
 
 def validate(options: argparse.Namespace) -> int:
     """Check a sweep file."""
@@ -46,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from orchestrator.sweep import run as run_sweep
 
     finished = run_sweep(options.file, Progress(as_json=True) if options.json else None)
-    print(table(finished.data))
+    print(table(finished.data, only_front=len(finished.data.done) > MANY))
     print(f"\nreport: {finished.report.html}")
     if bundle_info() is None:  # a shipped file is no place to look again
         print(f"MLflow: prunefield ui {options.file}")
@@ -74,7 +77,7 @@ def front(options: argparse.Namespace) -> int:
 
     results, store = results_of(options.sweep)
     data = report_data(results, store)
-    print(json.dumps(front_json(data), indent=1) if options.json else table(data))
+    print(json.dumps(front_json(data), indent=1) if options.json else table(data, not options.all))
     return 0
 
 

@@ -170,9 +170,9 @@ def _command(data: ReportData, record: Record) -> str | None:
 
 def _first(data: ReportData, models: list[dict[str, Any]]) -> str | None:
     """The model to show first: the knee of the front, as `prunefield pick` chooses it."""
-    front = pareto.front(data.candidates(data.chosen_by))
-    if front:
-        return pareto.knee(front).key
+    points = data.candidates(data.chosen_by)
+    if points:
+        return pareto.knee(pareto.front(points), max(p.size_bytes for p in points)).key
     return models[0]["id"] if models else None
 
 

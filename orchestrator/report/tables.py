@@ -10,7 +10,9 @@ from typing import Any
 from orchestrator import pareto
 from orchestrator.pareto import Quality
 from orchestrator.report.data import MB, ReportData, number
+from orchestrator.report.effects import NONE, allocation_of, amount_of
 from orchestrator.results import Record, method_of
+from orchestrator.units import show_bytes
 
 ABSENT = "–"
 CONFIG_FIRST = ("criterion", "networks", "ratio", "schedule", "calibration_views")
@@ -90,8 +92,13 @@ def results_csv(data: ReportData) -> str:
 
 
 def table(data: ReportData, only_front: bool = False) -> str:
-    """Dense models and trials by size, aligned, the front marked; for a terminal."""
-    head = ["", "criterion", "networks", "ratio", "schedule", "size", "MSE", "PSNR", "SSIM", "id"]
+    """Dense models and trials by size, aligned, the front marked; for a terminal.
+
+    Args:
+        data: the sweep.
+        only_front: without the trials off the front, and without what was trained for comparison.
+    """
+    head = ["", "method", "networks", "amount", "schedule", "file", "MSE", "PSNR", "SSIM", "id"]
     rows = [
         ["", "dense", "", "", "", *_quality(record), record.key]
         for record in sorted(data.dense, key=lambda r: r.key)
@@ -108,8 +115,8 @@ def table(data: ReportData, only_front: bool = False) -> str:
                 [
                     "*" if on_front else "c" if record.kind == "control" else "",
                     *(str(word or ABSENT) for word in words),
-                    percent(record.config.get("ratio")),
-                    str(record.config.get("schedule") or ABSENT),
+                    amount if (amount := amount_of(record)) != NONE else ABSENT,
+                    schedule if (schedule := allocation_of(record)) != "?" else ABSENT,
                     *_quality(record),
                     record.key,
                 ]
@@ -119,6 +126,7 @@ def table(data: ReportData, only_front: bool = False) -> str:
     lines.append("")
     lines.append(
         f"* on the Pareto front of size and PSNR: {len(data.front_keys)} of {len(data.done)} trials"
+        + (" (`prunefield front --all` lists them)" if only_front else "")
     )
     if data.hypervolume is not None and data.corner is not None:
         lines.append(
@@ -161,8 +169,9 @@ def fixed(value: float | None, digits: int) -> str:
 
 
 def _quality(record: Record) -> list[str]:
+    size = number(record, "size_bytes")
     return [
-        megabytes(number(record, "size_bytes")),
+        ABSENT if size is None else show_bytes(int(size)),
         fixed(number(record, "mse"), 5),
         fixed(number(record, "psnr"), 2),
         fixed(number(record, "ssim"), 3),

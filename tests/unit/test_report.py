@@ -206,7 +206,11 @@ def test_the_terminal_table_is_aligned_and_marks_the_front(data: ReportData) -> 
     assert marked == data.front_keys
     assert "hypervolume" in table(data)
     assert "failed: trial" in lines[-1]
-    assert len(table(data, only_front=True).splitlines()) < len(lines)
+    short = table(data, only_front=True).splitlines()
+    assert len(short) == 2 + len(data.dense) + len(data.front_keys) + len(lines) - (
+        2 + len(data.dense) + len(data.done)
+    )
+    assert "`prunefield front --all`" in "".join(short)
 
 
 def test_smallest_within_a_loss_compares_with_the_trials_own_dense_model(data: ReportData) -> None:

@@ -583,7 +583,7 @@
       if (!pair || !pair[0]) continue;
       cells.push(h("button", { type: "button", "aria-pressed": String(model.id === state.chosen),
         onclick: () => choose(model.id, true) },
-      h("img", { src: pair[0], alt: `render of ${label(model)}`, loading: "lazy" }),
+      h("img", { src: pair[0], alt: `render of ${label(model)}`, decoding: "async" }),
       h("span", {}, h("b", {}, `${bytes(model.m.size_bytes)} · ${model.m.psnr.toFixed(2)} dB`), label(model))));
     }
     box.replaceChildren(...(cells.length ? cells : [h("p", { class: "none" }, "No picture was kept.")]));
@@ -617,8 +617,9 @@
       box.svg.append(h("line", { class: "grid", x1: box.left, x2: box.right, y1: y(t), y2: y(t) }),
         h("text", { x: box.left - 7, y: y(t) + 4, "text-anchor": "end" }, String(t)));
     }
-    ["flattest", "", "", "", "most detailed"].forEach((text, k) => box.svg.append(h("text", {
-      x: x(k), y: box.bottom + 17, "text-anchor": "middle" }, text || String(k + 1))));
+    const narrow = x(1) - x(0) < 90;
+    ["flattest", "2", "3", "4", "most detailed"].forEach((text, k) => box.svg.append(h("text", {
+      x: x(k), y: box.bottom + 17, "text-anchor": "middle" }, narrow && k === 3 ? "" : text)));
     box.svg.append(h("text", { class: "title", x: (box.left + box.right) / 2, y: 316, "text-anchor": "middle" },
       "fifths of the pixels, by gradient of the photo"), h("text", { class: "title", x: 2, y: 11 },
       state.loss ? "dB against dense" : "PSNR (dB)"));
@@ -683,7 +684,7 @@
       { label: "file", of: (m) => m.m.size_bytes, number: true, log: true, show: bytes },
       { label: searched ? "validation" : "PSNR", of: quality, number: true, show: (v) => v.toFixed(1) }];
     const host0 = box0.querySelector(".wide") || box0;
-    const width = Math.max(host0.clientWidth, 704), height = 360, top = 40, bottom = height - 22;
+    const width = Math.max(host0.clientWidth, 704, 108 * columns.length), height = 360, top = 40, bottom = height - 22;
     const svg = h("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
       "aria-label": "parallel coordinates of all trials" });
     host0.querySelectorAll("svg").forEach((old) => old.remove());
