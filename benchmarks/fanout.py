@@ -23,11 +23,14 @@ The wall time is compared with both sums.
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +44,12 @@ from nerf.devices import describe_device, resolve_device
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.kernels import available, hopper, uniform
 from nerf.rendering import RenderSettings
-from orchestrator.plan import make_plan
+from orchestrator.log import logger
+from orchestrator.plan import Calibration, Training, Trial, make_plan
 from orchestrator.progress import Progress
 from orchestrator.provenance import Origin
 from orchestrator.results import Record
-from orchestrator.stages import Stopwatch, Workbench
+from orchestrator.stages import Stopwatch, Update, Workbench
 from orchestrator.sweep import open_sweep, run
 
 CRITERIA = ("activation", "magnitude")
@@ -53,15 +57,92 @@ OWN = ("calibrate", "prune", "evaluate")  # stages that are a trial's own time
 
 
 class Clock(Progress):
-    """Progress that knows when the last trial ended."""
+    """Progress that knows when the driver heard of what."""
 
-    first = last = 0.0
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: dict[str, float] = {}
+        self.last = 0.0
+
+    def started(self, total: int) -> None:
+        """The plan is made."""
+        self.heard.setdefault("plan made", time.time())
+        super().started(total)
 
     def ended(self, record: Record | None) -> None:
         """A node ended."""
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
+        what = "calibration" if record is None else record.kind
+        self.last = time.time()
+        self.heard.setdefault(f"first {what} reported", self.last)
         super().ended(record)
+
+
+class Noting(logging.Handler):
+    """Keeps when the project's log said what."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.said: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note a message."""
+        self.said.setdefault(record.getMessage(), record.created)
+
+
+class TimedBench(Workbench):
+    """A bench that notes when it was made, and when each stage began and ended."""
+
+    def __init__(self, notes: Path, *arguments: Any) -> None:
+        self._notes = notes / f"{os.getpid()}.txt"
+        self._note("up")
+        super().__init__(*arguments)
+
+    def _note(self, what: str) -> None:
+        with self._notes.open("a") as file:
+            file.write(f"{time.time()} {what}\n")
+
+    def train(self, training: Training, watch: Stopwatch) -> Generator[Update, None, None]:
+        """The dense model's evaluation: it is trained already."""
+        self._note("evaluation begun")
+        yield from super().train(training, watch)
+        self._note("evaluation ended")
+
+    def calibrate(self, calibration: Calibration, watch: Stopwatch) -> None:
+        """A calibration."""
+        self._note("calibration begun")
+        super().calibrate(calibration, watch)
+        self._note("calibration ended")
+
+    def prune(self, trial: Trial, watch: Stopwatch) -> None:
+        """A trial."""
+        self._note("trial begun")
+        super().prune(trial, watch)
+        self._note("trial ended")
+
+
+def time_line(notes: Path, started: float, said: Mapping[str, float]) -> dict[str, Any]:
+    """When what happened first (in any worker, and in each), in seconds after the start."""
+    first = dict(said)
+    workers = []
+    for path in sorted(notes.glob("*.txt")):
+        lines = [line.split(" ", 1) for line in path.read_text().splitlines()]
+        events = [(float(at) - started, what) for at, what in lines]
+        for at, what in events:
+            name = f"worker {what}" if what == "up" else what
+            first[name] = min(first.get(name, math.inf), at + started)
+        trials = [at for at, what in events if what.startswith("trial")]
+        busy = sum(end - begin for begin, end in zip(trials[::2], trials[1::2], strict=False))
+        workers.append(
+            {
+                "up": events[0][0],
+                "first_trial": trials[0] if trials else math.nan,
+                "last_trial": trials[-1] if trials else math.nan,
+                "trials": len(trials) // 2,
+                "in_trials": busy / max(trials[-1] - trials[0], 1e-9) if trials else 0.0,
+            }
+        )
+    events = {what: at - started for what, at in sorted(first.items(), key=lambda e: e[1])}
+    return {"events": events, "workers": workers}
 
 
 def sweep_of(options: argparse.Namespace, name: str, ratios: list[float], seed: int) -> Path:
@@ -183,17 +264,28 @@ def main() -> None:
         print(f"compiling before: {type(failure).__name__}: {failure}")
         compiling = math.nan
     print(f"kernels compiled in {compiling:.1f} s, which is not counted", flush=True)
-    started = time.perf_counter()
-    clock = Clock()
-    finished = run(path, clock)
-    wall, until_last = time.perf_counter() - started, clock.last - started
+    clock, noting = Clock(), Noting()
+    logger.addHandler(noting)
+    logger.setLevel(logging.DEBUG)
+    with tempfile.TemporaryDirectory() as notes:
+        started = time.time()
+        finished = run(path, clock, partial(TimedBench, Path(notes)))
+        ended = time.time()
+        heard = {**noting.said, **clock.heard, "last trial reported": clock.last, "all": ended}
+        line = time_line(Path(notes), started, heard)
+    wall, until_last = ended - started, clock.last - started
+    until_first = clock.heard["first trial reported"] - started
+    for what, at in line["events"].items():
+        print(f"{at:8.2f} s  {what}")
+    for worker in line["workers"]:
+        print("  worker: " + ", ".join(f"{name} {v:.2f}" for name, v in worker.items()))
     records = [store.read_record("trial", trial.key) for trial in plan.trials]
     stages: dict[str, float] = {}
     for record in records:
         for stage, seconds in record.provenance.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + seconds
     print(f"{todo} trials in {wall:.1f} s of wall time, the last after {until_last:.1f} s, the")
-    print(f"first after {clock.first - started:.1f} s; now some of them alone", flush=True)
+    print(f"first after {until_first:.1f} s; now some of them alone", flush=True)
     own = alone(options, seed + 1)
     total = own["calibration"] + todo * own["trial"]
     kernels = own["calibration_kernels"] + todo * own["trial_kernels"] or math.nan
@@ -205,7 +297,7 @@ def main() -> None:
         "compiling_before": compiling,
         "wall": wall,
         "wall_until_last_trial": until_last,
-        "until_first_trial": clock.first - started,
+        "until_first_trial": until_first,
         "alone_seconds": total,
         "kernel_seconds": kernels,
         "ratio": wall / total,
@@ -216,6 +308,7 @@ def main() -> None:
         "trials_per_minute": 60 * todo / wall,
         "stage_seconds_of_all_workers": stages,
         "alone": own,
+        "time_line": line,
     }
     for name, value in found.items():
         if isinstance(value, int | float):

@@ -9,6 +9,7 @@ from pathlib import Path
 from nerf.devices import describe_device, resolve_device
 from orchestrator.baselines import unpruned
 from orchestrator.errors import SweepError
+from orchestrator.log import logger
 from orchestrator.pareto import Reference, default_reference
 from orchestrator.plan import Plan, make_plan
 from orchestrator.progress import Progress
@@ -74,6 +75,7 @@ def run(
         ) as tracking,
         show,
     ):
+        logger.debug("tracking is open")
         tracking.watch(show.state)
         log_known(plan, store, tracking)
         outcome = execute(plan, store, origin, [show, TrackingListener(tracking)], bench)
@@ -82,6 +84,7 @@ def run(
             raise KeyboardInterrupt
         data = report_data(results, store)
         report = write_report(data, report_folder(sweep, store))
+        logger.debug("report written")
         found = {"hypervolume": data.hypervolume or 0.0}
         tracking.front(data.front_keys, found, gallery_of(data))
         tracking.report(report.html.parent)

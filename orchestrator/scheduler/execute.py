@@ -126,6 +126,7 @@ def execute(
     if queue.total == 0:
         return Outcome((), interrupted=False)
     with connected() as shared:
+        logger.debug("Ray is up")
         try:
             _fit(plan, store, origin, queue, bench, Shares() if shared else None)
         finally:
