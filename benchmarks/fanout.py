@@ -50,7 +50,7 @@ from orchestrator.progress import Progress
 from orchestrator.provenance import Origin
 from orchestrator.results import Record
 from orchestrator.stages import Stopwatch, Update, Workbench
-from orchestrator.sweep import open_sweep, run
+from orchestrator.sweep import Finished, open_sweep, run
 
 CRITERIA = ("activation", "magnitude")
 OWN = ("calibrate", "prune", "evaluate")  # stages that are a trial's own time
@@ -159,6 +159,9 @@ def sweep_of(options: argparse.Namespace, name: str, ratios: list[float], seed: 
         "ratios": ratios,
         "calibration": {"views": "all", "rays": options.rays, "seeds": seed},
     }
+    if options.gpus is not None:
+        prune = {**sweep.get("resources", {}).get("prune", {}), "gpus": options.gpus}
+        sweep["resources"] = {**sweep.get("resources", {}), "prune": prune}
     sweep["evaluate"] = {**data.get("evaluate", {}), "precision": options.precision}
     path = Path(options.folder) / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +236,8 @@ def alone(options: argparse.Namespace, seed: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Run the sweep, then measure its trials alone, and compare."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="file of a sweep whose model is trained already")
     parser.add_argument("--trials", type=int, default=500)
@@ -244,8 +247,31 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--folder", default="prunefield-out/fanout", help="for the sweep files")
     parser.add_argument("--seed", type=int, help="another seed runs anew (the time)")
+    parser.add_argument("--gpus", type=float, help="share of a GPU of each worker (0.25)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def timed(path: Path, clock: Clock) -> tuple[Finished, dict[str, Any]]:
+    """Run a sweep; gives its time line too, printed already."""
+    noting = Noting()
+    logger.addHandler(noting)
+    logger.setLevel(logging.DEBUG)
+    with tempfile.TemporaryDirectory() as notes:
+        started = time.time()
+        finished = run(path, clock, partial(TimedBench, Path(notes)))
+        heard = {**noting.said, **clock.heard, "last trial reported": clock.last}
+        line = time_line(Path(notes), started, {**heard, "all": time.time()})
+    for what, at in line["events"].items():
+        print(f"{at:8.2f} s  {what}")
+    for worker in line["workers"]:
+        print("  worker: " + ", ".join(f"{name} {v:.2f}" for name, v in worker.items()))
+    return finished, line
+
+
+def main() -> None:
+    """Run the sweep, then measure its trials alone, and compare."""
+    options = arguments()
     # Ray's workers find the same code.
     paths = (sys.path[0], os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -264,21 +290,10 @@ def main() -> None:
         print(f"compiling before: {type(failure).__name__}: {failure}")
         compiling = math.nan
     print(f"kernels compiled in {compiling:.1f} s, which is not counted", flush=True)
-    clock, noting = Clock(), Noting()
-    logger.addHandler(noting)
-    logger.setLevel(logging.DEBUG)
-    with tempfile.TemporaryDirectory() as notes:
-        started = time.time()
-        finished = run(path, clock, partial(TimedBench, Path(notes)))
-        ended = time.time()
-        heard = {**noting.said, **clock.heard, "last trial reported": clock.last, "all": ended}
-        line = time_line(Path(notes), started, heard)
-    wall, until_last = ended - started, clock.last - started
-    until_first = clock.heard["first trial reported"] - started
-    for what, at in line["events"].items():
-        print(f"{at:8.2f} s  {what}")
-    for worker in line["workers"]:
-        print("  worker: " + ", ".join(f"{name} {v:.2f}" for name, v in worker.items()))
+    finished, line = timed(path, Clock())
+    events = line["events"]
+    wall, until_last = events["all"], events["last trial reported"]
+    until_first = events["first trial reported"]
     records = [store.read_record("trial", trial.key) for trial in plan.trials]
     stages: dict[str, float] = {}
     for record in records:

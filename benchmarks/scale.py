@@ -92,6 +92,9 @@ class NoWork:
     def __init__(self, sweep: Sweep, store: Store, origin: Origin, *_: Any) -> None:
         self.sweep, self.store, self.origin = sweep, store, origin
 
+    def warm(self) -> None:
+        """Nothing to get ready."""
+
     def _write(self, kind: Any, key: str, training: str, config: Mapping[str, Any]) -> None:
         with self.store.writing(kind, key) as folder:
             host = os.environ.get("RAY_NODE_ID", "") or str(os.getppid())

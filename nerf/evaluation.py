@@ -33,6 +33,7 @@ from nerf.rendering import RenderSettings
 from nerf.scenes.scene import Scene
 
 ERROR_MAP_FULL_SCALE = 0.25
+PNG_LEVEL = 2  # a fifth of the time of zlib's usual 6, for files a tenth larger
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def write_picture(path: Path, picture: Float[Tensor, "height width 3"]) -> None:
         CheckpointError: the file cannot be written.
     """
     pixels = (picture.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
-    data = iio.imwrite("<bytes>", pixels, extension=".png")
+    data = iio.imwrite("<bytes>", pixels, extension=".png", compress_level=PNG_LEVEL)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 

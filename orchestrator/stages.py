@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,7 @@ class Workbench:
         self._publish_shared = publish_shared
         self._scene: Scene | None = None
         self._held_out: HeldOut | None = None
+        self._warm = False
         self._validation: tuple[float, ValidationRays] | None = None
         self._fractions: dict[str, float] = {}
         self._training_view: HeldOut | None = None
@@ -126,6 +127,13 @@ class Workbench:
         if self._held_out is None:
             self._held_out = HeldOut(self.scene(), self.device, self.sweep.protocol.max_rays)
         return self._held_out
+
+    def warm(self) -> None:
+        """Get ready for a pruning before there is one; if that fails, the pruning will say why."""
+        if not self._warm:
+            self._warm = True
+            with suppress(Exception):
+                self.held_out()
 
     def _evaluate(self, model: NerfModel) -> Evaluation:
         protocol, backend = self.sweep.protocol, self.sweep.resources.backend

@@ -1,7 +1,7 @@
 """The story of a sweep: read this first."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,21 +64,20 @@ def run(
     store.prepare()
     origin = Origin.here()
     show = progress or Progress()
-    with (
-        alone(sweep, store),
-        TrackingLogger(
+    with alone(sweep, store), ExitStack() as closing, show:
+        tracking = TrackingLogger(
             sweep.tracking.uri,
             sweep.tracking.experiment,
             sweep_info(plan, origin),
             store,
             patience=sweep.tracking.patience,
-        ) as tracking,
-        show,
-    ):
-        logger.debug("tracking is open")
+        )
+        tracking.start()  # it opens while Ray starts: both take seconds
+        closing.push(tracking)
         tracking.watch(show.state)
         log_known(plan, store, tracking)
-        outcome = execute(plan, store, origin, [show, TrackingListener(tracking)], bench)
+        listeners = (show, TrackingListener(tracking))
+        outcome = execute(plan, store, origin, listeners, bench, before=tracking.opened)
         results = collect(plan, store)
         if not results.trainings and not results.failed:
             raise KeyboardInterrupt

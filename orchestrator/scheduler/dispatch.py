@@ -44,9 +44,10 @@ class WorkTable:
 
     Args:
         retries: how often an item is begun again after its worker died.
+        work: what there is to do from the start, see `offer`.
     """
 
-    def __init__(self, retries: int) -> None:
+    def __init__(self, retries: int, work: Iterable[Work] = ()) -> None:
         self._retries = retries
         self._limit: int | None = None
         self._ready: OrderedDict[str, deque[Item]] = OrderedDict()
@@ -57,6 +58,7 @@ class WorkTable:
         self._begun: Counter[Item] = Counter()
         self._nodes: dict[Item, Node] = {}
         self._expecting = False
+        self.offer(work)
 
     def expect(self, more: bool) -> None:
         """Say whether more work will come, so that lanes without any wait for it."""
@@ -150,16 +152,22 @@ class WorkTable:
 class Dispatcher:
     """A handle on the work table of a sweep; it may be sent to workers.
 
+    Making one does not wait for its actor: that takes as long to start as any worker, and they
+    start side by side.
+
     Args:
         retries: how often an item is begun again after its worker died.
+        work: what there is to do from the start, see `WorkTable.offer`.
     """
 
-    def __init__(self, retries: int, table: ActorHandle | None = None) -> None:
+    def __init__(
+        self, retries: int, work: Iterable[Work] = (), table: ActorHandle | None = None
+    ) -> None:
         self._retries = retries
-        self._table = table or beside_driver(Desk, WorkTable, retries)
+        self._table = table or beside_driver(Desk, WorkTable, retries, list(work))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Dispatcher, (self._retries, self._table))
+        return (Dispatcher, (self._retries, (), self._table))
 
     def expect(self, more: bool) -> None:
         """Say whether more work will come, see `WorkTable.expect`."""

@@ -1,7 +1,7 @@
 """Run a plan on Ray Tune."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,6 +69,7 @@ def execute(
     origin: Origin,
     listeners: Iterable[Listener],
     bench: BenchMaker = Workbench,
+    before: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Run what a plan misses, on the cluster at hand or on this machine.
 
@@ -80,6 +81,8 @@ def execute(
         origin: commit and versions of this code.
         listeners: told of every report and every end, in the driver's thread.
         bench: makes the bench of each worker.
+        before: called before any work, when Ray is up: what takes as long as Ray to start and must
+            not fail later is waited for here. What it raises ends the run.
 
     Raises:
         ClusterError: the cluster cannot be reached or cannot give what the sweep asks for.
@@ -124,9 +127,12 @@ def execute(
     for listener in audience:
         listener.started(queue.total)
     if queue.total == 0:
+        before()
         return Outcome((), interrupted=False)
     with connected() as shared:
         logger.debug("Ray is up")
+        before()
+        logger.debug("tracking is open")
         try:
             _fit(plan, store, origin, queue, bench, Shares() if shared else None)
         finally:
@@ -151,7 +157,8 @@ def _fit(
     wanted = requests(plan.sweep.resources)
     everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
     nodes: dict[Item, Node] = {item_of(node): node for node in everything}
-    exchange, dispatcher = Exchange(), Dispatcher(plan.sweep.resources.retries)
+    exchange = Exchange()
+    dispatcher = Dispatcher(plan.sweep.resources.retries, queue.take_ready())
     lanes = capacity(wanted[LANE])
     queue.connect(dispatcher, lanes)
     if shares is not None:

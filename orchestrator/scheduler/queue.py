@@ -1,10 +1,11 @@
 """What may run next: a search algorithm of Ray Tune that follows a plan.
 
 A Tune trial is either one training or one *lane*: a worker that takes calibrations and prunings
-from the dispatcher, one after another, until there are none. Trainings are handed out first. A
-model's calibrations and prunings go to the dispatcher as soon as that model is ready, while other
-models still train; a pruning that needs statistics waits for them. Tune asks for one configuration
-after another and is told "none yet" while everything left has to wait.
+from the dispatcher, one after another, until there are none. Trainings are handed out first; one
+that lacks its evaluation alone needs no whole GPU, and goes to a lane. A model's calibrations and
+prunings go to the dispatcher as soon as that model is ready, while other models still train; a
+pruning that needs statistics waits for them, but the lane that will do it starts meanwhile. Tune
+asks for one configuration after another and is told "none yet" while everything left has to wait.
 
 Why lanes: see docs/decisions/0002-lanes.md.
 """
@@ -130,6 +131,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._feeds: list[Feed] = []
         self._fed: dict[Item, Feed] = {}
         self._awaited: set[str] = set()
+        self._coming: set[str] = set()  # statistics that a lane collects, or is about to
         self._expected = False
         self._arrange(plan)
 
@@ -141,14 +143,18 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         missing: set[str] = set()
         for training in plan.trainings:
             if not training.cached:
-                self._open[item_of(training)] = training
-                self._trainings.append(training)
                 self._awaited.add(training.key)
+                if not training.trained:
+                    self._open[item_of(training)] = training
+                    self._trainings.append(training)
         for calibration in plan.calibrations:
             keys = set(calibration.sets.values())
             if not calibration.cached and keys & wanted:
                 missing |= keys
                 self._place(calibration, {calibration.training} & untrained)
+        for training in plan.trainings:
+            if training.trained and not training.cached:
+                self._place(training, set())
         for trial in plan.trials:
             if not trial.cached:
                 needs = {trial.statistics} & missing or {trial.training} & untrained
@@ -160,7 +166,12 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         if waits_for:
             self._waiting.setdefault(waits_for.pop(), []).append(node)
         else:
-            self._to_offer.append(node)
+            self._make_ready(node)
+
+    def _make_ready(self, node: Node) -> None:
+        self._to_offer.append(node)
+        if isinstance(node, Calibration):
+            self._coming |= set(provided(node))
 
     @property
     def total(self) -> int:
@@ -180,6 +191,12 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         if self.running != self._running:
             self._running = self.running
             self._on_running(self._running)
+
+    def take_ready(self) -> list[tuple[str, Item]]:
+        """What needs nothing, each with the key of its model: for a dispatcher to start with."""
+        ready = [(_model_of(node), item_of(node)) for node in self._to_offer]
+        self._to_offer.clear()
+        return ready
 
     def connect(self, dispatch: Dispatch, max_lanes: int) -> None:
         """Say where lanes get their work and how many the cluster can hold."""
@@ -236,7 +253,14 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
                 self._fed[item] = feed
                 self._to_offer.append(trial)
         self._offer()
-        expecting = any(not feed.finished for feed in self._feeds)
+        self._tell_expected()
+
+    def _soon(self) -> int:
+        """How many prunings wait for nothing but statistics that a lane is at."""
+        return sum(len(self._waiting.get(key, ())) for key in self._coming)
+
+    def _tell_expected(self) -> None:
+        expecting = any(not feed.finished for feed in self._feeds) or self._soon() > 0
         if expecting != self._expected and self._dispatch is not None:
             self._dispatch.expect(expecting)
             self._expected = expecting
@@ -258,7 +282,8 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             return None if self.total else Searcher.FINISHED
         waiting = sum(len(nodes) for nodes in self._waiting.values())
         ready = len(self._open) - waiting - training_now - len(self._trainings)
-        if lanes < min(most, ready):
+        # Statistics take about as long as a worker to start.
+        if lanes < min(most, ready + self._soon()):
             self._trials[trial_id] = None
             return {"kind": LANE, "key": trial_id}
         return None
@@ -290,6 +315,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             return
         for ended in (result or {}).get("ended", ()):
             self._end(ended)
+        self._tell_expected()
         training = self._trials.pop(trial_id)
         if not error:
             if training is not None and (result or {}).get("elsewhere"):
@@ -302,6 +328,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         losses = self._dispatch.drop_lane(trial_id) if self._dispatch is not None else ()
         for loss in losses:
             self._end(lost(loss))
+        self._tell_expected()
         self._dead_lanes += not losses  # those that give something up come to an end
         if self._dead_lanes > max(self._max_lanes, MIN_DEAD_LANES):
             for node in list(self._open.values()):
@@ -328,9 +355,10 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         else:
             self._fail_feeds(node, failure)
         for key in provided(node):
+            self._coming.discard(key)
             for dependent in self._waiting.pop(key, []):
                 if failure is None:
-                    self._to_offer.append(dependent)
+                    self._make_ready(dependent)
                 else:
                     reason = f"it needs {KIND[type(node)]} {node.key}, which failed: "
                     self._close(dependent, Failure(failure.stage, reason + failure.reason))

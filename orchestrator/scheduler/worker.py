@@ -1,6 +1,7 @@
 """One actor that runs stages: Tune's trainable. It is reused, so what it loaded stays loaded."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -129,6 +130,7 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             if order.item is not None:
                 ended.append(self._run(order.item, order.node))
             elif order.wait:
+                self._bench.warm()
                 time.sleep(WAIT_SECONDS)
             told = time.monotonic() - reported > REPORT_SECONDS
             if told:
@@ -139,7 +141,7 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
                 return {"ended": ended}
 
     def _run(self, item: Item, given: Node | None) -> dict[str, Any]:
-        """One calibration or pruning; once more if others had the GPU's memory."""
+        """One calibration, pruning or evaluation; once more if others had the GPU's memory."""
         watch = Stopwatch()
         node = given or self._nodes[item]
         try:
@@ -165,8 +167,11 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             why = reason("took longer than", most or 0.0, "calibrate")
             with self._limited(item, watch, most, why):
                 self._bench.calibrate(node, watch)
+        elif isinstance(node, Training):  # it is trained, what is missing is its evaluation
+            why = reason("took longer than", limits.train or 0.0, "train")
+            with self._limited(item, watch, limits.train, why):
+                deque(self._bench.train(node, watch), maxlen=0)
         else:
-            assert not isinstance(node, Training)
             why = reason("took longer than", limits.prune or 0.0, "prune")
             with self._limited(item, watch, limits.prune, why):
                 self._bench.prune(node, watch)

@@ -53,8 +53,10 @@ class TrackingLogger:
             tracking.front(keys, {"hypervolume": hv})
             tracking.report(folder)
 
-    Leaving the block waits for what is queued and ends every run: the sweep's as FINISHED, as
-    FAILED after an exception, as KILLED after Ctrl-C; children that had no record as KILLED.
+    Who has other things to do while the store opens calls `start`, later `opened`, and leaves the
+    block to an `ExitStack`. Leaving it waits for what is queued and ends every run: the sweep's as
+    FINISHED, as FAILED after an exception, as KILLED after Ctrl-C; children that had no record as
+    KILLED.
 
     Args:
         uri: the tracking store; None for SQLite in the storage folder. `PRUNEFIELD_TRACKING_URI`
@@ -160,8 +162,12 @@ class TrackingLogger:
         """What could not be logged, each with the reason."""
         return tuple(f"{what}: {why}" for what, why in self._unlogged)
 
-    def __enter__(self) -> Self:
-        self.start()
+    def opened(self) -> None:
+        """Wait until the tracking store is open.
+
+        Raises:
+            TrackingError: it cannot be used.
+        """
         if not self._ready.wait(OPEN_SECONDS):
             raise TrackingError(
                 f"the tracking store {shown(self.uri)} does not answer: it takes connections, but "
@@ -169,6 +175,10 @@ class TrackingLogger:
             )
         if self._error is not None:
             raise self._error
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.opened()
         return self
 
     def __exit__(
@@ -177,6 +187,9 @@ class TrackingLogger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        given_up = kind is not None and issubclass(kind, KeyboardInterrupt | TrackingError)
+        if self._error is not None or (given_up and not self._ready.is_set()):
+            return  # it was never open
         if kind is not None:
             self._status = "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
         self._closed = time.monotonic()

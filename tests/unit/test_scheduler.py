@@ -162,8 +162,56 @@ def test_prunings_start_when_their_model_is_ready_while_others_still_train() -> 
 
 def test_prunings_of_a_model_that_is_there_start_at_once() -> None:
     bench = Bench(plan(training("a", trained=True), trial("x", "a")))
-    assert bench.dispatch.keys == ["x"]
-    assert bench.suggest() == {"kind": "train", "key": "a"}  # its evaluation is missing
+    # The evaluation that is missing needs no whole GPU, and nothing waits for it.
+    assert bench.dispatch.offered == [("a", ("train", "a")), ("a", ("prune", "x"))]
+    assert [bench.suggest() for _ in range(3)] == [
+        {"kind": LANE, "key": "t1"},
+        {"kind": LANE, "key": "t2"},
+        None,
+    ]
+    bench.queue.on_trial_result("t1", {"ended": [report("train", "a", OOPS)]})
+    assert bench.ended == {"a": Failure("evaluate", "oops")}
+    bench.end("t2", ("prune", "x", None))
+    assert bench.ended["x"] is None
+
+
+def test_a_dispatcher_may_start_with_what_is_ready() -> None:
+    done = training("a", trained=True)
+    queue = Bench(plan(done, calibration("a"), trial("x", "a", "a-s0-0"))).queue
+    assert queue.take_ready() == []  # offered already
+    queue = PlanQueue(plan(done, calibration("a")), print, print)
+    ready = queue.take_ready()
+    assert ready == [("a", ("train", "a"))]  # nobody needs the statistics
+    assert WorkTable(1, ready).next("l", None) == Order(("train", "a"))
+
+
+def test_lanes_start_while_the_statistics_that_they_need_are_collected() -> None:
+    done = training("a", trained=True, evaluated=True)
+    waiting = [trial(f"x{i}", "a", "a-s0-0") for i in range(5)]
+    bench = Bench(plan(done, calibration("a"), *waiting), lanes=3)
+    assert [bench.suggest() is not None for _ in range(4)] == [True] * 3 + [False]
+    assert bench.dispatch.keys == ["a-0"]
+    assert bench.dispatch.expecting
+    bench.queue.on_trial_result("t2", {"ended": [report("calibrate", "a-0")]})
+    assert not bench.dispatch.expecting
+    assert len(bench.dispatch.keys) == 6
+
+
+@pytest.mark.parametrize("failure", [None, OOPS])
+def test_a_lane_waits_for_statistics_no_longer_than_they_may_come(failure: Any) -> None:
+    done = training("a", trained=True, evaluated=True)
+    bench = Bench(plan(done, calibration("a"), trial("x", "a", "a-s0-0")), lanes=2)
+    assert [bench.suggest() is not None for _ in range(3)] == [True, True, False]
+    assert bench.dispatch.expecting
+    bench.end("t1", ("calibrate", "a-0", failure))
+    assert not bench.dispatch.expecting
+
+
+def test_no_lane_starts_for_statistics_of_a_model_that_still_trains() -> None:
+    bench = Bench(plan(training("a"), calibration("a"), trial("x", "a", "a-s0-0")))
+    assert bench.suggest() == {"kind": "train", "key": "a"}
+    assert bench.suggest() is None
+    assert not bench.dispatch.expecting
 
 
 def test_prunings_that_need_statistics_wait_for_them() -> None:
@@ -537,8 +585,9 @@ class Simulation:
         if told:
             self.bench.queue.on_trial_result(tune_id, {"ended": worker.unreported})
             worker.unreported = []
-        self.take_up(worker, self.table.next(worker.key, None, told))
-        if worker.item is None:
+        order = self.table.next(worker.key, None, told)
+        self.take_up(worker, order)
+        if worker.item is None and not order.wait:
             self.complete(tune_id, worker.unreported)
 
     def complete(self, tune_id: str, ended: list[dict[str, Any]]) -> None:
