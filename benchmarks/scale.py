@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale                  everything, as docs/results/reliability.md has it
     python -m benchmarks.scale cluster --trials 1000 --nodes 2 --mlflow
+    python -m benchmarks.scale report --trials 400 --mlflow --pictures    what comes after the last
 
 The cluster is simulated: so many logical Ray nodes on this machine, each with a GPU that does not
 exist. The trials do nothing but write their records, so what is measured is the scheduler:
@@ -9,17 +10,20 @@ dispatcher, lanes, Tune, the store, the driver's listeners.
 """
 
 import argparse
+import io
 import json
 import os
 import resource
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import psutil
 
 from orchestrator.plan import Calibration, Plan, Training, Trial, make_plan
@@ -32,7 +36,7 @@ from orchestrator.scheduler import execute
 from orchestrator.spec import Sweep, read_text
 from orchestrator.stages import Stopwatch, Update
 from orchestrator.store import Store
-from orchestrator.sweep import collect, report_data, sweep_info
+from orchestrator.sweep import collect, log_known, report_data, sweep_info
 from orchestrator.tracking import TrackingLogger
 from orchestrator.tracking.listener import TrackingListener
 
@@ -88,6 +92,7 @@ class NoWork:
     """A bench whose stages take no time: they write their records."""
 
     loaded_model: str | None = None
+    pictures: Sequence[bytes] = ()  # of three views, as PNG
 
     def __init__(self, sweep: Sweep, store: Store, origin: Origin, *_: Any) -> None:
         self.sweep, self.store, self.origin = sweep, store, origin
@@ -98,6 +103,10 @@ class NoWork:
     def _write(self, kind: Any, key: str, training: str, config: Mapping[str, Any]) -> None:
         with self.store.writing(kind, key) as folder:
             host = os.environ.get("RAY_NODE_ID", "") or str(os.getppid())
+            for view, picture in enumerate(self.pictures if kind != "checkpoint" else ()):
+                (folder / "renders").mkdir(exist_ok=True)
+                for name in ("view", "error"):
+                    (folder / "renders" / f"{name}_{view}.png").write_bytes(picture)
             self.store.write_record(folder, made_up(kind, key, training, config, host))
 
     def train(self, training: Training, _: Stopwatch) -> Iterator[Update]:
@@ -234,11 +243,25 @@ def runs_in(store: Store) -> int:
     return int(found[0])
 
 
-def fill(trials: int, folder: Path) -> tuple[Plan, Store]:
+def pictures(count: int) -> list[bytes]:
+    """Pictures of 504×378 pixels that compress about as photos do."""
+    random, found = np.random.default_rng(0), []
+    for _ in range(count):
+        coarse = PIL.Image.fromarray(random.integers(0, 256, (48, 63, 3), np.uint8))
+        smooth = np.asarray(coarse.resize((504, 378), PIL.Image.Resampling.BICUBIC), np.float32)
+        noisy = (smooth + random.normal(0.0, 2.0, smooth.shape)).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(noisy).save(buffer, "PNG")
+        found.append(buffer.getvalue())
+    return found
+
+
+def fill(trials: int, folder: Path, shown: Sequence[bytes] = ()) -> tuple[Plan, Store]:
     """A store that holds the results of a whole sweep."""
     store = Store(folder / "out")
     plan = make_plan(sweep_of(trials, folder), store)
     bench = NoWork(plan.sweep, store, Origin(None, {}))
+    bench.pictures = shown
     for training in plan.trainings:
         if not training.cached:
             list(bench.train(training, Stopwatch()))
@@ -248,9 +271,9 @@ def fill(trials: int, folder: Path) -> tuple[Plan, Store]:
     return make_plan(plan.sweep, store), store
 
 
-def measure_report(trials: int, folder: Path) -> dict[str, Any]:
-    """The times of `front` and `report`, from the sweep file to the end."""
-    _, store = fill(trials, folder)
+def measure_report(trials: int, folder: Path, with_pictures: bool, mlflow: bool) -> dict[str, Any]:
+    """The times of `front` and `report`, from the sweep file to the end; of logging everything."""
+    plan, store = fill(trials, folder, pictures(3) if with_pictures else ())
     sweep = sweep_of(trials, folder)
 
     def front() -> Any:
@@ -262,7 +285,17 @@ def measure_report(trials: int, folder: Path) -> dict[str, Any]:
 
     front_seconds, found = timed_alone(front)
     report_seconds, files = timed_alone(report)
+    logged = {}
+    if mlflow:
+
+        def log() -> None:
+            info = sweep_info(plan, Origin(None, {}))
+            with TrackingLogger(None, "scale", info, store, system_metrics=False) as tracking:
+                log_known(plan, store, tracking)
+
+        logged = {"logging": timed_alone(log)[0]}
     return {
+        **logged,
         "trials": found["trials"]["done"],
         "front": front_seconds,
         "report": report_seconds,
@@ -276,7 +309,8 @@ def main() -> None:
     parser.add_argument("what", nargs="*", choices=("plan", "cluster", "report", []), default=[])
     parser.add_argument("--trials", type=int, help="a multiple of 200")
     parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--mlflow", action="store_true", help="log the cluster's trials too")
+    parser.add_argument("--mlflow", action="store_true", help="log the trials too")
+    parser.add_argument("--pictures", action="store_true", help="report: 504×378, three views each")
     options = parser.parse_args()
     what = options.what or ["plan", "cluster", "report"]
     with tempfile.TemporaryDirectory(prefix="scale.") as name:
@@ -289,7 +323,9 @@ def main() -> None:
             )
             print("cluster", json.dumps(measured), flush=True)
         if "report" in what:
-            measured = measure_report(options.trials or 10_000, folder)
+            measured = measure_report(
+                options.trials or 10_000, folder, options.pictures, options.mlflow
+            )
             print("report", json.dumps(measured), flush=True)
 
 

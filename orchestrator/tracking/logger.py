@@ -195,7 +195,9 @@ class TrackingLogger:
         self._closed = time.monotonic()
         self._closing.set()
         self._jobs.put(None)
-        if (left := self._jobs.qsize()) > MANY:
+        left = self._jobs.qsize()
+        log.debug("%d results and tables are still to be logged", left)
+        if left > MANY:
             log.warning(
                 "the sweep is done; the tracking store still takes in %d results (Ctrl-C leaves "
                 "them to the next run)",

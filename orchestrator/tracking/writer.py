@@ -14,16 +14,14 @@ and gives up.
 
 import json
 import math
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -33,8 +31,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from orchestrator.keys import content_key
 from orchestrator.results import Record
 from orchestrator.store import Store
-from orchestrator.tracking import names
-from orchestrator.tracking.gallery import TABLES, Gallery, views
+from orchestrator.tracking import images, names
+from orchestrator.tracking.gallery import TABLES, Gallery, GridImage, views
 from orchestrator.tracking.stores import open_client, quiet
 
 MAX_METRICS = 1000
@@ -188,12 +186,12 @@ class RunWriter:
             return
         run_id = self._begin(record)
         model_id = None
+        whole = {names.STATE: "logged", names.DIGEST: names.digest(record)}
         if record.failure is None:
             model_id = self._write_model(record, run_id)
-            self._write_images(record, run_id)
+            self._write_images(record, run_id, whole)
         if record.kind == "training":
             self._link_trials(record.training, run_id)
-        whole = {names.STATE: "logged", names.DIGEST: names.digest(record)}
         self._write_numbers(record, run_id, model_id, whole)
         self._end_child(record.key, "FAILED" if record.failure else "FINISHED", _ended(record))
 
@@ -305,17 +303,18 @@ class RunWriter:
         self.client.log_batch(run_id, metrics=metrics, params=params, tags=_tags(tags))
         self.children[record.key].tags.update(tags)
 
-    def _write_images(self, record: Record, run_id: str) -> None:
+    def _write_images(self, record: Record, run_id: str, tags: dict[str, str]) -> None:
         step = names.image_step(record)
         renders = self.store.folder(record.kind, record.key) / "renders"
-        for path in sorted(renders.glob("view_*.png")):
-            self._log_picture(run_id, path, f"render/{path.stem}", step)
+        paths = sorted(renders.glob("view_*.png"))
+        if paths:
+            self._log_images(run_id, [GridImage(f"render/{p.stem}", step, p) for p in paths])
+            tags |= images.TAG
 
-    def _log_picture(self, run_id: str, path: Path, key: str, step: int) -> None:
-        with PIL.Image.open(path) as image:
-            # `log_image` saves what it is given: have it copy the PNG, not compress it again.
-            image.save = partial(_copy, path)  # type: ignore[method-assign]
-            self.client.log_image(run_id, image, key=key, step=step)
+    def _log_images(self, run_id: str, shown: Sequence[GridImage]) -> None:
+        with tempfile.TemporaryDirectory(prefix="prunefield.") as folder:
+            images.write_images(shown, Path(folder))
+            self.client.log_artifacts(run_id, folder, images.FOLDER)
 
     def _link_trials(self, training: str, run_id: str) -> None:
         for trial, child in self.children.items():
@@ -410,8 +409,8 @@ class RunWriter:
         for key, image in gallery.side_by_side.items():
             child = self.children.get(key)
             if child is not None and child.tags.get(names.BESIDE) != image.key:
-                self._log_picture(child.run_id, image.path, image.key, image.step)
-                self._tag(key, {names.BESIDE: image.key})
+                self._log_images(child.run_id, [image])
+                self._tag(key, {names.BESIDE: image.key, **images.TAG})
         shown = [(i.key, i.step, i.path.parents[1].name) for i in gallery.images]
         digest = content_key({"images": shown})
         run = self.client.get_run(self.parent)
@@ -421,9 +420,10 @@ class RunWriter:
             get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri).delete_artifacts(
                 "images"
             )
-        for image in gallery.images:
-            self._log_picture(self.parent, image.path, image.key, image.step)
-        self.client.log_batch(self.parent, tags=[RunTag(names.GALLERY, digest)])
+        if gallery.images:
+            self._log_images(self.parent, gallery.images)
+        tags = {names.GALLERY: digest, **(images.TAG if gallery.images else {})}
+        self.client.log_batch(self.parent, tags=_tags(tags))
 
     def write_progress(self, text: str) -> None:
         """Leave word of how the sweep stands."""
@@ -471,10 +471,6 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
-
-
-def _copy(source: Path, target: str, *_: Any, **__: Any) -> None:
-    shutil.copyfile(source, target)
 
 
 def _milliseconds(iso: str) -> int:

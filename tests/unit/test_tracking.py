@@ -7,10 +7,12 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -178,6 +180,43 @@ def test_a_failed_trial_that_succeeds_later_replaces_its_run(store: Store) -> No
     run = Seen(store).one(failed.key)
     assert run.info.status == "FINISHED"
     assert names.FAILED_STAGE not in run.data.tags
+
+
+def test_pictures_lie_where_mlflow_itself_would_put_them(
+    store: Store, records: tuple[Record, Record, Record]
+) -> None:
+    _, trial, _ = records
+    with tracking(store) as logger:
+        logger.record(trial)
+    seen = Seen(store)
+    ours = seen.one(trial.key)
+    theirs = seen.client.create_run(seen.experiment_id)
+    for source in sorted((store.folder("trial", trial.key) / "renders").glob("view_*.png")):
+        with PIL.Image.open(source) as picture:
+            seen.client.log_image(theirs.info.run_id, picture, key=f"render/{source.stem}", step=30)
+
+    def found(run: Run) -> list[tuple[str, str, tuple[int, int]]]:
+        kinds = []
+        for path in seen.files(run, "images"):
+            name = re.sub(r"\+timestamp\+\d{13}\+[-0-9a-f]{36}", "+", path)
+            with PIL.Image.open(seen.client.download_artifacts(run.info.run_id, path)) as picture:
+                kinds.append((name, str(picture.format), picture.size))
+        return sorted(kinds)
+
+    assert found(ours) == found(theirs)
+    assert len(found(ours)) == 4
+    tag = "mlflow.loggedImages"
+    assert ours.data.tags[tag] == seen.client.get_run(theirs.info.run_id).data.tags[tag]
+
+
+def test_a_store_that_cannot_be_opened_is_told_when_it_is_waited_for(tmp_path: Path) -> None:
+    with ExitStack() as closing:
+        logger = TrackingLogger("ftp://nowhere", "tests", INFO, Store(tmp_path))
+        logger.start()
+        closing.push(logger)
+        with pytest.raises(TrackingError, match="not a tracking store"):
+            logger.opened()
+    assert logger.unlogged == ()
 
 
 CRASHES = ["_write_model", "_write_numbers", "_write_images", "_end_child", "_link_trials"]
