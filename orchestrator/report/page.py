@@ -53,7 +53,7 @@ def page(data: ReportData, grids: Sequence[Grid], album: Album) -> str:
         ("gallery-title", "The front in pictures", _gallery(album)),
         ("detail-title", "Flat regions and detail", _detail()),
         ("effects", "What the parameters did", _effects(data)),
-        ("table", "Beside the published table", _published(data)),
+        ("table", "Beside the published table" if of_fern(data) else "By ratio", _published(data)),
         ("renders", "Renders by ratio", _renders(data, grids, album)),
         ("trials", "All trials", _trials(data)),
         ("failed", "Failed", _failed(data)),
@@ -88,8 +88,8 @@ def page(data: ReportData, grids: Sequence[Grid], album: Album) -> str:
 is switched off; the tables below hold the same numbers.</p></noscript>
 {body}</main>
 <p class="sr" id="said" aria-live="polite"></p>
-<footer>Made by prunefield. kB and MB are 10<sup>3</sup> and 10<sup>6</sup> bytes (in the published
-table MB is 2<sup>20</sup>); MSE and PSNR are means over full held-out views, PSNR in dB.</footer>
+<footer>Made by prunefield. kB and MB are 10<sup>3</sup> and 10<sup>6</sup> bytes (2<sup>20</sup>
+in the table by ratio); MSE and PSNR are means over full held-out views, PSNR in dB.</footer>
 <script type="application/json" id="data">{payload(data, album)}</script>
 <script>{script}</script>
 </body>
@@ -207,18 +207,24 @@ brighter for a higher PSNR; the filters above grey lines out, a click chooses on
 <div class="wide chart" tabindex="0" role="region" aria-label="parallel coordinates"></div></div>"""
 
 
+def of_fern(data: ReportData) -> bool:
+    """Whether the scene is the published table's, as far as its folder's name says."""
+    return data.scene in ("", "fern")
+
+
 def _published(data: ReportData) -> str:
-    series = _compared(data)
-    have = {0.0} | {row.ratio for row in TABLE_1}
+    series, table_1 = _compared(data), TABLE_1 if of_fern(data) else ()
+    have = {0.0} | {row.ratio for row in table_1}
     tried = {r for t in data.trials if (r := ratio_of(t))}
     have |= {r for r in tried if any(data.at(s, r) for s in series)}
-    published = {row.ratio: row for row in TABLE_1}
-    top = '<th rowspan="2" scope="col" class="left">Removed</th>'
-    top += '<th colspan="3" scope="colgroup" class="edge">As published (fern)</th>'
-    second = (
-        '<th scope="col" class="edge">size, coarse only</th><th scope="col">MSE</th>'
-        '<th scope="col">PSNR</th>'
-    )
+    published = {row.ratio: row for row in table_1}
+    top, second = '<th rowspan="2" scope="col" class="left">Removed</th>', ""
+    if table_1:
+        top += '<th colspan="3" scope="colgroup" class="edge">As published (fern)</th>'
+        second = (
+            '<th scope="col" class="edge">size, coarse only</th><th scope="col">MSE</th>'
+            '<th scope="col">PSNR</th>'
+        )
     for s in series:
         top += f'<th colspan="4" scope="colgroup" class="edge">This sweep: {e(s.label)}</th>'
         second += (
@@ -230,8 +236,8 @@ def _published(data: ReportData) -> str:
         row = published.get(ratio)
         name = "original" if ratio == 0 else percent(ratio)
         cells = f'<th scope="row">{e(name)}</th>'
-        values = (f"{row.size} MB", row.mse, row.psnr) if row else (ABSENT,) * 3
-        cells += _cells(values)
+        if table_1:
+            cells += _cells((f"{row.size} MB", row.mse, row.psnr) if row else (ABSENT,) * 3)
         for s in series:
             records = data.dense if ratio == 0 else data.at(s, ratio)
             cells += _cells(
@@ -254,6 +260,8 @@ def _published(data: ReportData) -> str:
         "so it stays near 14.5 dB whatever is pruned), and their MSE is a training loss on random "
         "training rays. This sweep measures full held-out views, and its files are the smaller "
         "networks themselves.</p>"
+        if table_1
+        else "<p>Files of the smaller networks themselves. MB is 2<sup>20</sup> bytes here.</p>"
     )
     if several:
         note += (
@@ -262,7 +270,7 @@ def _published(data: ReportData) -> str:
         )
     caption = f"<caption><span>Uniform schedules only; {ABSENT}: no such number</span></caption>"
     return (
-        f"{note}{_scroll('Published table and this sweep')}<table>{caption}<thead><tr>{top}</tr>"
+        f"{note}{_scroll('Sizes and quality by ratio')}<table>{caption}<thead><tr>{top}</tr>"
         f"<tr>{second}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

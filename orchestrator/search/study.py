@@ -44,9 +44,10 @@ NOTE = "prunefield"
 MEASURED = "measured"
 STARTS = "starts"
 SPENT = "seconds"
-# A Gaussian process sees at most so many trials, those on the front and the newest: its cost grows
-# with their cube.
-GP_TRIALS = 192
+# A Gaussian process sees at most so many trials, those on the front and others from the whole of
+# the study: its cost grows with their cube. The newest in their place lie near the front; where the
+# bad ones are, it then forgets, and proposes them again.
+GP_TRIALS = 256
 ATTEMPTS = 3
 NUDGE = 0.05
 
@@ -298,7 +299,7 @@ class Study:
         return found
 
     def _for_model(self, ended: list[Entry]) -> list[Entry]:
-        """The trials that a Gaussian process sees: the front and the newest."""
+        """The trials that a Gaussian process sees: the front and every n-th of the others."""
         done = [entry for entry in ended if entry.state == "done"]
         if len(done) <= GP_TRIALS:
             return done
@@ -311,8 +312,9 @@ class Study:
             best = {copy.best_trial.number}
         kept = [entry for i, entry in enumerate(done) if i in best]
         rest = [entry for i, entry in enumerate(done) if i not in best]
-        room = max(GP_TRIALS - len(kept), GP_TRIALS // 4)
-        chosen = {entry.number for entry in (*kept, *rest[-room:])}
+        room = min(max(GP_TRIALS - len(kept), GP_TRIALS // 4), len(rest))
+        spread = [rest[i * len(rest) // room] for i in range(room)]
+        chosen = {entry.number for entry in (*kept, *spread)}
         return [entry for entry in done if entry.number in chosen]
 
     def _copied(self, trial: FrozenTrial, entry: Entry, running: bool) -> FrozenTrial:

@@ -149,6 +149,13 @@ def test_the_page_says_what_was_published_what_failed_and_where_from(
     assert "not in this sweep" in page.text  # random has no front-loaded trial, and so on
 
 
+def test_the_published_table_stands_beside_fern_alone(data: ReportData, tmp_path: Path) -> None:
+    page, _ = written(replace(data, scene="lego"), tmp_path)
+    assert "As published" not in page.text
+    assert "This sweep: activation, both" in page.text
+    assert all(row.psnr not in page.text for row in TABLE_1)
+
+
 def test_a_metric_that_nobody_measured_is_a_dash(data: ReportData, tmp_path: Path) -> None:
     def without_ssim(record: Record) -> Record:
         kept = {name: v for name, v in record.metrics.items() if name != "ssim"}

@@ -1,15 +1,20 @@
 """The Gaussian process that starts from the front: on a formula whose front is known."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from orchestrator.pareto import Point, Reference, hypervolume
+from orchestrator.search import study as studies
 from orchestrator.search.samplers import make_sampler
+from orchestrator.search.space import Range
+from orchestrator.search.study import Entry, Study
 
 SPACE: dict[str, BaseDistribution] = {f"x{i}": FloatDistribution(0.0, 0.9) for i in range(6)}
 MIXED = SPACE | {"kind": CategoricalDistribution(["plain", "better", "worst"])}
@@ -61,6 +66,31 @@ def test_it_finds_more_than_chance_and_about_as_much_as_optunas_own() -> None:
         trial = theirs.ask(SPACE)
         theirs.tell(trial, measure(trial.params))
     assert volume(mine) > 0.98 * volume(theirs)
+
+
+def test_of_many_trials_the_process_sees_the_front_and_others_of_all_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "GP_TRIALS", 40)
+    of = Study(f"sqlite:///{tmp_path / 's.db'}", "s", ("size_bytes", "psnr"), {"x": Range(0, 1)})
+    rng = np.random.default_rng(0)
+    values = [(float(size), float(psnr)) for size, psnr in rng.uniform(0, 1, (300, 2))]
+    ended = [
+        Entry(i, i // 16, i % 16, str(i), "gp", {}, "done", pair) for i, pair in enumerate(values)
+    ]
+    front = {
+        i
+        for i, (size, psnr) in enumerate(values)
+        if not any(s <= size and q >= psnr and (s, q) != (size, psnr) for s, q in values)
+    }
+    seen = [entry.number for entry in of._for_model(ended)]
+    of.close()
+    assert len(seen) == len(set(seen)) == 40
+    assert front <= set(seen)
+    assert seen == sorted(seen)
+    others = [i for i in seen if i not in front]
+    assert all(sum(first <= i < first + 75 for i in others) >= 5 for first in (0, 75, 150, 225))
+    assert of._for_model(ended[:40]) == ended[:40]
 
 
 def test_the_same_seed_proposes_the_same() -> None:
