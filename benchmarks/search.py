@@ -40,6 +40,7 @@ from orchestrator.store import Store
 from orchestrator.sweep import Results, collect, open_sweep
 
 KB = 1000
+BANDS = (0, 300_000, 800_000, 1_500_000, 2_200_000, 3_000_000, 5_000_000)
 
 
 # --- place -----------------------------------------------------------------------------------
@@ -202,14 +203,16 @@ def _hypervolumes(found: Found) -> str:
     for name, of in values.items():
         cells: list[object] = [name, len(sets[name][0])]
         for i, value in enumerate(of):
-            base = values["uniform"][i]
             if i == 0 and not found.final and "search" in name:
-                cells += ["not rendered", "–"]
+                cells += ["not rendered", "–", "–"]
                 continue
-            cells += [f"{value:,.0f}", f"{100 * (value / base - 1):+.1f} %" if base else "–"]
+            cells.append(f"{value:,.0f}")
+            for other in ("uniform", "chain"):
+                base = values[other][i]
+                cells.append(f"{value / base - 1:+.1%}" if base and other != name else "–")
         rows.append(cells)
-    head = ["front of", "points", "held-out views, bytes·dB", "over uniform",
-            "validation rays, bytes·dB", "over uniform"]  # fmt: skip
+    head = ["front of", "points", "held-out views, bytes·dB", "over uniform", "over chain",
+            "validation rays, bytes·dB", "over uniform", "over chain"]  # fmt: skip
     corner = f"Reference point: {found.reference.size_bytes:,.0f} bytes, {found.reference.psnr} dB."
     return "## Hypervolume\n\n" + table(head, rows) + f"\n\n{corner}"
 
@@ -274,7 +277,27 @@ def _layers(found: Found) -> str:
     ]
     columns = [ratios_of(r) for r in chosen]
     rows = [[layer, *(f"{c[layer]:.0%}" for c in columns)] for layer in columns[0]]
-    return "## Ratios layer by layer\n\nThe fraction removed.\n\n" + table(head, rows)
+    single = "## Ratios layer by layer\n\nThe fraction removed.\n\n" + table(head, rows)
+    return f"{single}\n\n{_bands(ordered)}"
+
+
+def _bands(ordered: Sequence[Record]) -> str:
+    """Median ratios of the models between some sizes: steadier than those of one model."""
+    head, columns = ["layer"], []
+    for low, high in itertools.pairwise(BANDS):
+        inside = [r for r in ordered if low <= r.metrics["size_bytes"] < high]
+        if inside:
+            psnrs = [r.metrics["psnr"] for r in inside]
+            head.append(
+                f"{low / KB:,.0f} to {high / KB:,.0f} kB: {len(inside)} models, "
+                f"{min(psnrs):.1f} to {max(psnrs):.1f} dB"
+            )
+            columns.append([ratios_of(r) for r in inside])
+    rows = [
+        [layer, *(f"{statistics.median(r[layer] for r in of):.0%}" for of in columns)]
+        for layer in ratios_of(ordered[0])
+    ]
+    return "Medians of the final front's models by size.\n\n" + table(head, rows)
 
 
 def _times(found: Found) -> str:
