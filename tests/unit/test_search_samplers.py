@@ -11,6 +11,7 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from orchestrator.pareto import Point, Reference, hypervolume
+from orchestrator.search import samplers
 from orchestrator.search import study as studies
 from orchestrator.search.samplers import make_sampler
 from orchestrator.search.space import Range
@@ -97,6 +98,25 @@ def test_the_same_seed_proposes_the_same() -> None:
     one, two, other = (study("gp", seed, SPACE, 14) for seed in (3, 3, 4))
     assert [t.params for t in one.trials] == [t.params for t in two.trials]
     assert [t.params for t in one.trials] != [t.params for t in other.trials]
+
+
+def test_trials_are_learnt_once_however_many_proposals_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = study("gp", 0, SPACE, 14)
+    fits: list[int] = []
+    real = samplers.fit_kernel_params
+
+    def counted(*args: Any, **named: Any) -> Any:
+        fits.append(len(named["X"]))
+        return real(*args, **named)
+
+    monkeypatch.setattr(samplers, "fit_kernel_params", counted)
+    asked = [found.ask(SPACE) for _ in range(4)]
+    assert fits == [14, 14]  # one for each objective
+    found.tell(asked[0], measure(asked[0].params))
+    found.ask(SPACE)
+    assert fits == [14, 14, 15, 15]
 
 
 def test_proposals_lie_in_the_space_and_choices_are_learnt() -> None:
