@@ -60,6 +60,8 @@ from pruning import (
 from pruning.selection import removed_count
 
 ATTEMPTS = 6
+LIGHT = frozenset({"mean", "square"})
+"""Statistics of one number a channel."""
 FULL = 0.995
 """A file that uses so much of its size is not searched for a better one."""
 STEP_BACK = 0.002
@@ -151,6 +153,19 @@ class Compressed:
     bits: Bits
     few: Mapping[str, Packed] | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
+
+
+def is_light(config: TrialConfig) -> bool:
+    """Whether a pruning is no more than a few operations on weights and means.
+
+    A CPU core does those sooner than a GPU that others share, where each of them waits its turn.
+    """
+    return (
+        (config.control, config.recover, config.size, config.mask) == (None,) * 4
+        and (config.compensation, config.bits, config.errors) == ("none", "fp32", "layer")
+        and not config.layers
+        and LIGHT.issuperset(config.needs.moments)
+    )
 
 
 def compress(

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, RayPool, Recipe, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
-from orchestrator.compress import Material, Reduced, compress
+from orchestrator.compress import Material, Reduced, compress, is_light
 from orchestrator.errors import PrunefieldError, StoreError, SweepError
 from orchestrator.log import logger
 from orchestrator.plan import Calibration, CalibrationSet, Look, Training, Trial, TrialConfig
@@ -105,6 +106,7 @@ class Workbench:
         self._fractions: dict[str, float] = {}
         self._training_view: HeldOut | None = None
         self._model: tuple[str, NerfModel] | None = None
+        self._host: tuple[str, NerfModel] | None = None
         self._statistics: tuple[str, dict[str, Statistics]] | None = None
         self._kept: tuple[str, dict[Any, Any]] = ("", {})
         self._pool: tuple[float, RayPool] | None = None
@@ -174,6 +176,14 @@ class Workbench:
             path = self.store.verified_file("checkpoint", training, MODEL)
             self._model = (training, load_model(path)[0].to(self.device))
         return self._model[1]
+
+    def _on_host(self, training: str) -> NerfModel:
+        """A trained model in the host's memory, for what is done sooner there."""
+        if self.device.type == "cpu":
+            return self.model(training)
+        if self._host is None or self._host[0] != training:
+            self._host = (training, deepcopy(self.model(training)).to(torch.device("cpu")))
+        return self._host[1]
 
     def statistics(self, key: str) -> dict[str, Statistics]:
         """Calibration statistics by network: from memory, the cluster's memory, or the store."""
@@ -406,7 +416,8 @@ class Workbench:
             return
         config = trial.config
         with watch.during("load"):
-            dense = self.model(trial.training)
+            light = is_light(config)
+            dense = self._on_host(trial.training) if light else self.model(trial.training)
             self.held_out()
         with watch.during("calibrate"):
             material = self.material(trial)
@@ -419,6 +430,9 @@ class Workbench:
             if config.recover is None:
                 with watch.during("prune"):
                     small = compress(folder / MODEL, dense, config, material, info)
+                    if dense.device.type != self.device.type:
+                        # A copy: the network that was not pruned is the dense model's own.
+                        small = replace(small, model=deepcopy(small.model).to(self.device))
                 recovered: Mapping[str, float] = {}
             else:
                 done = self._recover(folder / MODEL, trial, material, info, watch)

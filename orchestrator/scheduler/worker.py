@@ -23,8 +23,9 @@ from orchestrator.stages import Stopwatch, Update, Workbench, failure_of
 from orchestrator.store import Store
 
 # A lane reports to Tune about so often, with all that it ended since: the round trip through the
-# driver then costs nothing to short prunings.
-REPORT_SECONDS = 0.5
+# driver then costs little to short prunings. What others wait for is told at once.
+REPORT_SECONDS = 1.0
+PATIENT = ("prune",)
 # A lane without work asks again after so long, while more may come.
 WAIT_SECONDS = 0.05
 
@@ -127,12 +128,15 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         order = self._dispatcher.resume(lane)
         while True:
             ended += [lost(item) for item in order.lost]
+            urgent = bool(order.lost)
             if order.item is not None:
                 ended.append(self._run(order.item, order.node))
+                urgent |= order.item[0] not in PATIENT
             elif order.wait:
                 self._bench.warm()
                 time.sleep(WAIT_SECONDS)
-            told = time.monotonic() - reported > REPORT_SECONDS
+                urgent |= bool(ended)
+            told = urgent or time.monotonic() - reported > REPORT_SECONDS
             if told:
                 yield {"ended": ended}  # Tune has it when it asks for more
                 ended, reported = [], time.monotonic()

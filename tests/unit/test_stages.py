@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from nerf.files import read_tensors
 from nerf.scenes import write_demo_scene
 from nerf.validation import ValidationRays
 from orchestrator import stages
+from orchestrator.compress import Material, compress, is_light
 from orchestrator.errors import StoreError
-from orchestrator.plan import Plan, Training, Trial, make_plan
+from orchestrator.plan import CalibrationSet, Plan, Training, Trial, TrialConfig, make_plan
 from orchestrator.provenance import Origin
 from orchestrator.results import Record
+from orchestrator.spec.recover import Recover
 from orchestrator.stages import (
     HISTORY,
     MODEL,
@@ -409,6 +412,44 @@ def test_missing_statistics_fail_in_calibrate(
     stage, reason = run_and_fail(lambda: bench.prune(plan.trials[0], watch), watch)
     assert stage == "calibrate"
     assert STATISTICS in reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "light"),
+    [
+        ({}, True),
+        ({"criterion": "magnitude", "calibration": None}, True),
+        ({"criterion": "wanda"}, True),
+        ({"criterion": "obs"}, False),
+        ({"criterion": "taylor"}, False),
+        ({"compensation": "obs"}, False),
+        ({"bits": "int8"}, False),
+        ({"size": 100_000, "schedule": "chain"}, False),
+        ({"mask": "2:4"}, False),
+        ({"errors": "pixel"}, False),
+        ({"recover": Recover(iterations=10)}, False),
+        ({"control": "dense_longer"}, False),
+        ({"layers": ("fine/trunk.0",)}, False),
+    ],
+)
+def test_only_what_takes_a_moment_is_pruned_by_the_host(
+    changed: dict[str, Any], light: bool
+) -> None:
+    wanted = CalibrationSet(1, 8, 0)
+    config = TrialConfig("both", "activation", 0.5, "uniform", (0.5,) * 3, wanted, None)
+    assert is_light(replace(config, **changed)) is light
+
+
+def test_what_the_host_pruned_leaves_its_model_where_it_is(done: Done, tmp_path: Path) -> None:
+    bench, made, *_ = done
+    dense = bench.model(made.trainings[0].key)
+    ratios = (0.5,) * len(dense.fine.shape.trunk)
+    config = TrialConfig("coarse", "magnitude", 0.5, "uniform", ratios, None, None)
+    small = compress(tmp_path / MODEL, dense, config, Material(), {}).model
+    assert small.fine is dense.fine  # so a move to the GPU in place would move the dense one too
+    copy = deepcopy(small).to("meta")
+    assert copy.device.type == "meta"
+    assert {dense.device.type, small.device.type} == {"cpu"}
 
 
 def test_a_missing_scene_fails_in_load(tmp_path: Path) -> None:
