@@ -1,8 +1,10 @@
-"""How a NeRF is trained, as plain data."""
+"""How a NeRF is trained, and trained again once it was pruned, as plain data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, get_args
 
 from nerf.devices import PRECISIONS, Precision
 
@@ -63,3 +65,115 @@ class Recipe:
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration, counted from 0."""
         return self.learning_rate * self.decay ** (iteration / self.decay_iterations)
+
+
+# --- recovery -----------------------------------------------------------------------------------
+
+Source = Literal["photos", "distill", "both"]
+Optimizer = Literal["adam", "muon"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+
+SHARED_COARSE = 0.1
+"""How much the coarse picture of a shared network counts: it only has to place samples."""
+INVENTED_SHARE = 0.5
+"""Share of an iteration's rays that are invented, where a teacher says what they look like."""
+SQUEEZED_BY = 0.6
+"""The part of the rounded iterations after which codes are to take no more bits than allowed."""
+PRICE_RATE = 60.0
+"""How fast the price follows the excess: by so much over all rounded iterations together."""
+
+
+@dataclass(frozen=True)
+class RecoveryRecipe:
+    """How a pruned model is trained again.
+
+    The learning rate rises linearly over the first `warmup` of all iterations and falls to 0 along
+    a half cosine.
+
+    Attributes:
+        iterations: optimiser steps.
+        source: what is learnt from: ``photos``, ``distill`` (the dense model) or ``both``.
+        learning_rate: of Adam, at its highest.
+        rays: rays an iteration.
+        warmup: share of the iterations in which the learning rate rises.
+        rounding_from: share of the iterations after which weights that the file stores in few
+            bits are rounded while they are trained.
+        density_noise: standard deviation of the noise added to raw densities, where photos are
+            rendered.
+        precision: arithmetic of the linear layers.
+        optimizer: ``adam``, or ``muon`` for the matrices (see `nerf.muon`) and Adam for the rest.
+
+    Source: Loshchilov & Hutter 2017 (SGDR), eq. 5, for the cosine.
+    """
+
+    iterations: int
+    source: Source = "photos"
+    learning_rate: float = 5e-4
+    rays: int = 1024
+    warmup: float = 0.02
+    rounding_from: float = 0.3
+    density_noise: float = 0.0
+    precision: Precision = "float32"
+    optimizer: Optimizer = "adam"
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "learning_rate", "rays"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in ("warmup", "rounding_from"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)!r}")
+        if not self.density_noise >= 0:
+            raise ValueError(f"density_noise must not be negative, got {self.density_noise!r}")
+        if self.source not in ("photos", "distill", "both"):
+            raise ValueError(f"source must be photos, distill or both, got {self.source!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
+
+    @property
+    def rounding_at(self) -> int:
+        """The iteration at which rounding begins."""
+        return round(self.rounding_from * self.iterations)
+
+    def rate_at(self, iteration: int) -> float:
+        """The learning rate of an iteration."""
+        rising = max(1.0, self.warmup * self.iterations)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * iteration / self.iterations))
+        return self.learning_rate * min(1.0, (iteration + 1) / rising) * cosine
+
+    @property
+    def photo_rays(self) -> int:
+        """Rays of an iteration that were photographed."""
+        return self.rays - self.invented_rays
+
+    @property
+    def invented_rays(self) -> int:
+        """Rays of an iteration that nobody photographed."""
+        return 0 if self.source == "photos" else round(INVENTED_SHARE * self.rays)
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """When the codes of rounded weights are to take no more bits than allowed.
+
+    Attributes:
+        first_iteration: at which the bits allowed begin to fall.
+        falling: in how many iterations they do.
+        rate: how fast the price follows the excess, an iteration.
+    """
+
+    first_iteration: int
+    falling: float
+    rate: float
+
+    @classmethod
+    def of(cls, recipe: RecoveryRecipe) -> "Squeeze":
+        """That of a recipe."""
+        rounded = recipe.iterations - recipe.rounding_at
+        return cls(recipe.rounding_at, max(1.0, SQUEEZED_BY * rounded), PRICE_RATE / rounded)
+
+    def share(self, iteration: int) -> float:
+        """How much of the way has been gone, from 0 to 1."""
+        return min(1.0, (iteration - self.first_iteration) / self.falling)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -25,105 +25,38 @@ from torch.func import functional_call
 from nerf import sampling
 from nerf.backends import Backend, choose, fall_back
 from nerf.cameras import Rays
-from nerf.devices import PRECISIONS, Precision, arithmetic
+from nerf.devices import arithmetic
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import Field, NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.graphs import StepGraph
 from nerf.invented import InventedRays
 from nerf.metrics import psnr
+from nerf.muon import Muon, for_muon
+from nerf.recipe import SHARED_COARSE, RecoveryRecipe, Source, Squeeze
 from nerf.rendering import LAST_DISTANCE, Pass, RenderSettings, composite
 from nerf.rounding import RoundedLayer, coded_bits, round_network
 from nerf.scenes.scene import Scene
 from nerf.steps import STEPS_BEFORE_CAPTURE
 from nerf.training import Progress, RayPool
 
+if TYPE_CHECKING:
+    from nerf.fused_recovery import FusedRecovery
+
+__all__ = ["Recovery", "RecoveryRecipe", "Source"]
+
 log = logging.getLogger(__name__)
 
-Source = Literal["photos", "distill", "both"]
 Schemes = Mapping[str, Mapping[str, str]]
 Asked = Callable[..., tuple[Tensor, Tensor]]
 """A network on the fused kernels, see `nerf.fused_network`."""
+Moments = dict[str, tuple[int, Tensor, Tensor | None]]
+"""Steps done, first and second moment of each trained tensor; Muon has no second."""
 
-SHARED_COARSE = 0.1
-"""How much the coarse picture of a shared network counts: it only has to place samples."""
 OPACITY_WEIGHT = 0.1
 """How much the error of opacities counts beside those of colours, see `distillation_loss`."""
-SQUEEZED_BY = 0.6
-"""The part of the rounded iterations after which codes are to take no more bits than allowed."""
 FIRST_PRICE = 3e-4
 """What bits cost at first beside an MSE, see `Recovery.squeeze`."""
-PRICE_RATE = 60.0
-"""How fast the price follows the excess: by so much over all rounded iterations together."""
-INVENTED_SHARE = 0.5
-"""Share of an iteration's rays that are invented, where a teacher says what they look like."""
-
-
-@dataclass(frozen=True)
-class RecoveryRecipe:
-    """How a pruned model is trained again.
-
-    The learning rate rises linearly over the first `warmup` of all iterations and falls to 0 along
-    a half cosine.
-
-    Attributes:
-        iterations: optimiser steps.
-        source: what is learnt from: ``photos``, ``distill`` (the dense model) or ``both``.
-        learning_rate: of Adam, at its highest.
-        rays: rays an iteration.
-        warmup: share of the iterations in which the learning rate rises.
-        rounding_from: share of the iterations after which weights that the file stores in few
-            bits are rounded while they are trained.
-        density_noise: standard deviation of the noise added to raw densities, where photos are
-            rendered.
-        precision: arithmetic of the linear layers.
-
-    Source: Loshchilov & Hutter 2017 (SGDR), eq. 5, for the cosine.
-    """
-
-    iterations: int
-    source: Source = "photos"
-    learning_rate: float = 5e-4
-    rays: int = 1024
-    warmup: float = 0.02
-    rounding_from: float = 0.3
-    density_noise: float = 0.0
-    precision: Precision = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "learning_rate", "rays"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("warmup", "rounding_from"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)!r}")
-        if not self.density_noise >= 0:
-            raise ValueError(f"density_noise must not be negative, got {self.density_noise!r}")
-        if self.source not in ("photos", "distill", "both"):
-            raise ValueError(f"source must be photos, distill or both, got {self.source!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
-
-    @property
-    def rounding_at(self) -> int:
-        """The iteration at which rounding begins."""
-        return round(self.rounding_from * self.iterations)
-
-    def rate_at(self, iteration: int) -> float:
-        """The learning rate of an iteration."""
-        rising = max(1.0, self.warmup * self.iterations)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * iteration / self.iterations))
-        return self.learning_rate * min(1.0, (iteration + 1) / rising) * cosine
-
-    @property
-    def photo_rays(self) -> int:
-        """Rays of an iteration that were photographed."""
-        return self.rays - self.invented_rays
-
-    @property
-    def invented_rays(self) -> int:
-        """Rays of an iteration that nobody photographed."""
-        return 0 if self.source == "photos" else round(INVENTED_SHARE * self.rays)
 
 
 @dataclass(frozen=True)
@@ -247,8 +180,12 @@ class Recovery:
             for network in self._trained
             for name, parameter in student.stored()[network].named_parameters()
         ]
+        matrices = for_muon(dict(self._parameters)) if recipe.optimizer == "muon" else ()
+        self._muon = (
+            Muon({n: p for n, p in self._parameters if n in matrices}) if matrices else None
+        )
         self._optimizer = torch.optim.Adam(
-            [parameter for _, parameter in self._parameters],
+            [parameter for name, parameter in self._parameters if name not in matrices],
             # In a tensor of the device, a captured step reads it anew each time.
             lr=torch.tensor(recipe.learning_rate, device=self.device)
             if self._on_gpu
@@ -260,6 +197,7 @@ class Recovery:
         self._generator = torch.Generator(self.device).manual_seed((seed * 1_000_003 + 7) % 2**63)
         self._students: dict[str, Asked] = {}
         self._teachers: dict[str, Asked] = {}
+        self._fused: FusedRecovery | None = None
         self.backend = self._choose_networks(backend)
 
     def _choose_networks(self, wanted: Backend) -> str:
@@ -271,7 +209,10 @@ class Recovery:
         if choose(wanted, self.device, precision, shapes, samples) != "fused":
             return "eager"
         try:
-            self._use_kernels()
+            if self.student.shared and self.recipe.source == "photos" and self._trained:
+                self._use_fused_steps()
+            else:
+                self._use_kernels()
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a driver throws
@@ -279,6 +220,13 @@ class Recovery:
             self._students, self._teachers = {}, {}
             return "eager"
         return "fused"
+
+    def _use_fused_steps(self) -> None:
+        from nerf.fused_recovery import FusedRecovery  # noqa: PLC0415  (needs Triton)
+
+        self._fused = FusedRecovery(
+            self.student, self.pool, self.settings, self.recipe, self.seed, self._generator
+        )
 
     def _use_kernels(self) -> None:
         from nerf.fused_network import FrozenNetwork, FusedNetwork  # noqa: PLC0415  (needs Triton)
@@ -318,10 +266,27 @@ class Recovery:
             for layer, rounded in of.items()
             for name, table in rounded.parameters()
         ]
+        if self._fused is not None:
+            from nerf.fused_recovery import can_round  # noqa: PLC0415  (needs Triton)
+
+            layers_of = self.rounding["fine"]
+            if can_round(layers_of):
+                self._fused.round_weights(layers_of, self.iteration)
+            else:
+                self._leave_fused_steps()
         self._parameters += tables
         if tables:
             self._optimizer.add_param_group({"params": [table for _, table in tables]})
         self._reset_capture()
+
+    def _leave_fused_steps(self) -> None:
+        """Go on step by step in PyTorch: the fused steps cannot round weights so."""
+        assert self._fused is not None
+        moments = self._fused.moments(self.iteration)
+        self._generator = self._fused.generator
+        self._fused = None
+        self._restore(self.iteration, moments)
+        self._use_kernels()
 
     def bits(self) -> float:
         """About how many bits the codes take now, see `nerf.rounding.coded_bits`."""
@@ -356,14 +321,13 @@ class Recovery:
         if self._bits is None:
             self._reset_capture()
         self._bits = (first, bits)
+        if self._fused is not None:
+            self._fused.squeeze(first, bits, self._price)
 
     def _bits_allowed(self) -> float:
         assert self._bits is not None
         first, last = self._bits
-        recipe = self.recipe
-        rounded = max(1.0, SQUEEZED_BY * (recipe.iterations - recipe.rounding_at))
-        share = min(1.0, (self.iteration - recipe.rounding_at) / rounded)
-        return float(first * (last / first) ** share)
+        return float(first * (last / first) ** Squeeze.of(self.recipe).share(self.iteration))
 
     # --- a step ----------------------------------------------------------------------------
 
@@ -410,8 +374,7 @@ class Recovery:
         if self._invented is not None:
             rays = Rays.concatenate([rays, self._invented.rays[picked[count:]]])
         weights = self._weights()
-        coarse, t_coarse, fine, t_fine = self._passes(weights, rays)
-        shown_coarse, shown = self._rendered(coarse, t_coarse, fine, t_fine, rays)
+        coarse, t_coarse, shown_coarse, fine, t_fine, shown = self._passes(weights, rays)
         mse = (shown.rgb[:count] - colors).square().mean()
         coarse_mse = (shown_coarse.rgb[:count] - colors).square().mean()
         coarse_weight = SHARED_COARSE if self.student.shared else 1.0
@@ -423,12 +386,15 @@ class Recovery:
         if self._bits is not None:
             excess = self._coded_bits() / self._allowed - 1.0
             loss = loss + self._price * torch.relu(excess)
-        self._optimizer.zero_grad(set_to_none=True)
+        for _, parameter in self._parameters:
+            parameter.grad = None
         loss.backward()
+        if self._muon is not None:
+            self._muon.step(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
         if self._bits is not None:
             with torch.no_grad():
-                rate = PRICE_RATE / (self.recipe.iterations - self.recipe.rounding_at)
+                rate = Squeeze.of(self.recipe).rate
                 self._price.mul_((rate * excess.detach().clamp(-0.1, 0.5)).exp())
         return mse.detach(), loss.detach()
 
@@ -445,8 +411,8 @@ class Recovery:
 
     def _passes(
         self, weights: Mapping[str, Mapping[str, Tensor]], rays: Rays
-    ) -> tuple[Answer, Tensor, Answer, Tensor]:
-        """What the student says in both passes, jittered, and where."""
+    ) -> tuple[Answer, Tensor, Pass, Answer, Tensor, Pass]:
+        """What the student says in both passes, jittered; where, and what is seen of it."""
         model, settings = self.student, self.settings
         t_coarse = sampling.stratified(
             len(rays),
@@ -458,17 +424,21 @@ class Recovery:
         )
         name = "fine" if model.shared else "coarse"
         coarse = self._ask("coarse", model.stored()[name], rays, t_coarse, weights[name])
+        shown_coarse = self._rendered(coarse, t_coarse, rays)
         with torch.no_grad():
-            seen = composite(coarse.density, coarse.raw_rgb, rays, t_coarse, settings)
             drawn = sampling.importance(
-                t_coarse, seen.render_weights, model.samples.fine, self._generator
+                t_coarse,
+                shown_coarse.render_weights.detach(),
+                model.samples.fine,
+                self._generator,
             )
             t_fine, order = torch.cat((t_coarse, drawn), dim=-1).sort(dim=-1)
         if model.shared:
             more = self._ask("fine", model.fine, rays, drawn, weights["fine"])
-            return coarse, t_coarse, coarse.joined(more).at(order), t_fine
-        fine = self._ask("fine", model.fine, rays, t_fine, weights["fine"])
-        return coarse, t_coarse, fine, t_fine
+            fine = coarse.joined(more).at(order)
+        else:
+            fine = self._ask("fine", model.fine, rays, t_fine, weights["fine"])
+        return coarse, t_coarse, shown_coarse, fine, t_fine, self._rendered(fine, t_fine, rays)
 
     def _ask(
         self,
@@ -483,18 +453,13 @@ class Recovery:
             return Answer(*self._students[which](rays, t, weights))
         return ask(field, rays, t, weights)
 
-    def _rendered(
-        self, coarse: Answer, t_coarse: Tensor, fine: Answer, t_fine: Tensor, rays: Rays
-    ) -> tuple[Pass, Pass]:
-        """Both passes as colours, with noise on the densities where photos are learnt from."""
-        shown = []
-        for answer, t in ((coarse, t_coarse), (fine, t_fine)):
-            density = answer.density
-            if self.recipe.density_noise > 0 and self.recipe.source != "distill":
-                noise = torch.randn(t.shape, generator=self._generator, device=self.device)
-                density = density + noise * self.recipe.density_noise
-            shown.append(composite(density, answer.raw_rgb, rays, t, self.settings))
-        return shown[0], shown[1]
+    def _rendered(self, answer: Answer, t: Tensor, rays: Rays) -> Pass:
+        """A pass as colours, with noise on the densities where photos are learnt from."""
+        density = answer.density
+        if self.recipe.density_noise > 0 and self.recipe.source != "distill":
+            noise = torch.randn(t.shape, generator=self._generator, device=self.device)
+            density = density + noise * self.recipe.density_noise
+        return composite(density, answer.raw_rgb, rays, t, self.settings)
 
     def _taught(
         self, rays: Rays, coarse: Answer, t_coarse: Tensor, fine: Answer, t_fine: Tensor
@@ -528,13 +493,7 @@ class Recovery:
         if self.iteration < recipe.rounding_at and not self.rounding:
             end = recipe.rounding_at
         count = min(iterations, end - self.iteration)
-        mse_sum = torch.zeros((), device=self.device)
-        loss_sum = torch.zeros((), device=self.device)
-        with arithmetic(recipe.precision, self.device):
-            for _ in range(count):
-                mse, loss = self.step()
-                mse_sum += mse
-                loss_sum += loss
+        mse_sum, loss_sum = self._run(count)
         mean = float(mse_sum) / max(count, 1)
         whole = float(loss_sum) / max(count, 1)
         seconds = time.perf_counter() - started
@@ -547,9 +506,24 @@ class Recovery:
             )
         return Progress(self.iteration, whole, psnr(mean), seconds, count / max(seconds, 1e-9))
 
+    def _run(self, count: int) -> tuple[Tensor, Tensor]:
+        """Some iterations; the sums of their fine MSE and of their whole loss."""
+        if self._fused is not None:
+            sums = self._fused.run(self.iteration, count)
+            self.iteration += count
+            return sums
+        mse_sum = torch.zeros((), device=self.device)
+        loss_sum = torch.zeros((), device=self.device)
+        with arithmetic(self.recipe.precision, self.device):
+            for _ in range(count):
+                mse, loss = self.step()
+                mse_sum += mse
+                loss_sum += loss
+        return mse_sum, loss_sum
+
     def release(self) -> None:
         """Give back the memory that a captured step holds, once there are no more."""
-        self._graph = None
+        self._graph, self._fused = None, None
         if self._on_gpu:
             torch.cuda.empty_cache()
 
@@ -561,14 +535,15 @@ class Recovery:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        tensors: dict[str, Tensor] = {"generator": self._generator.get_state()}
+        generator = self._generator if self._fused is None else self._fused.generator
+        tensors: dict[str, Tensor] = {"generator": generator.get_state()}
         for name, parameter in self._parameters:
             tensors[f"weights.{name}"] = parameter.detach()
-            moments = self._optimizer.state.get(parameter)
-            if moments:
-                tensors[f"step.{name}"] = torch.as_tensor(moments["step"])
-                tensors[f"first.{name}"] = moments["exp_avg"]
-                tensors[f"second.{name}"] = moments["exp_avg_sq"]
+        for name, (step, first, second) in self._moments().items():
+            tensors[f"step.{name}"] = torch.tensor(float(step))
+            tensors[f"first.{name}"] = first
+            if second is not None:
+                tensors[f"second.{name}"] = second
         tensors["price"] = self._price
         schemes: dict[str, dict[str, str]] = {}
         for network, of in self.rounding.items():
@@ -585,6 +560,38 @@ class Recovery:
             "bits": None if self._bits is None else list(self._bits),
         }
         write_tensors(path, tensors, metadata)
+
+    def _moments(self) -> Moments:
+        """Where the optimisers stand."""
+        if self._fused is not None:
+            return self._fused.moments(self.iteration)
+        found: Moments = {}
+        for name, parameter in self._parameters:
+            state = self._optimizer.state.get(parameter)
+            if self._muon is not None and name in self._muon.momentum:
+                found[name] = self.iteration, self._muon.momentum[name], None
+            elif state:
+                found[name] = int(state["step"]), state["exp_avg"], state["exp_avg_sq"]
+        return found
+
+    def _restore(self, iteration: int, moments: Moments) -> None:
+        """The inverse of `_moments`, after so many iterations."""
+        if self._fused is not None:
+            self._fused.restore(iteration, moments)
+            return
+        on = self.device if self._on_gpu else torch.device("cpu")
+        for name, parameter in self._parameters:
+            if name not in moments:
+                continue
+            step, first, second = moments[name]
+            if self._muon is not None and name in self._muon.momentum:
+                self._muon.momentum[name].copy_(first)
+            elif second is not None:
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step), device=on),
+                    "exp_avg": first.to(self.device).clone(),
+                    "exp_avg_sq": second.to(self.device).clone(),
+                }
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote; to be called before anything else.
@@ -614,13 +621,18 @@ class Recovery:
             for name, parameter in self._parameters:
                 with torch.no_grad():
                     parameter.copy_(tensors[f"weights.{name}"])
-                if f"step.{name}" in tensors:
-                    on = self.device if self._on_gpu else torch.device("cpu")
-                    self._optimizer.state[parameter] = {
-                        "step": tensors[f"step.{name}"].to(on),
-                        "exp_avg": tensors[f"first.{name}"].to(self.device),
-                        "exp_avg_sq": tensors[f"second.{name}"].to(self.device),
-                    }
+            moments = {
+                name: (
+                    int(tensors[f"step.{name}"]),
+                    tensors[f"first.{name}"],
+                    tensors.get(f"second.{name}"),
+                )
+                for name, _ in self._parameters
+                if f"step.{name}" in tensors
+            }
+            self._restore(iteration, moments)
+            if self._fused is not None and self._bits is not None:
+                self._fused.squeeze(*self._bits, self._price)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not a whole state of this recovery: {error}") from (
                 error

@@ -408,6 +408,12 @@ class FusedField:
             self.ray_parts = empty(triton.cdiv(rays, RAYS), shape.view, shape.direction_features)
             self.hopper = hopper.kernels(self.launch.build, device.index or 0, *hopper.TRAINING)
 
+    def compute_as(self, other: "FusedField") -> None:
+        """Use what another of the same shape packs: one network at several sets of samples."""
+        self.extended, self.parameters = other.extended, other.parameters
+        self._weights, self.constant, self.vector = other._weights, other.constant, other.vector
+        self.tiles, self.backward_tiles = other.tiles, other.backward_tiles
+
     def load(self, field: Field) -> None:
         """Copy the weights of a `Field` and pack them."""
         with torch.no_grad():

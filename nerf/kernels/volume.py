@@ -123,9 +123,61 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _weights(sigma, delta, exists, inner):
+    """Of raw densities: exp(−d), T and w."""
+    depth = tl.where(exists, tl.maximum(sigma, 0.0) * delta, 0.0)
+    # The last depth is not part of any sum: it is 1e10 times the others.
+    counted = tl.where(inner, depth, 0.0)
+    before = tl.cumsum(counted, 0) - counted
+    before = tl.where(inner, before, tl.sum(counted, 0))
+    through = tl.exp(-depth)
+    transmittance = tl.exp(-before)
+    return through, transmittance, tl.where(exists, (1.0 - through) * transmittance, 0.0)
+
+
+@triton.jit
+def _color(w, red, green, blue, WHITE: tl.constexpr):
+    ray_red, ray_green = tl.sum(w * red, 0), tl.sum(w * green, 0)
+    ray_blue = tl.sum(w * blue, 0)
+    if WHITE:
+        rest = 1.0 - tl.sum(w, 0)
+        ray_red += rest
+        ray_green += rest
+        ray_blue += rest
+    return ray_red, ray_green, ray_blue
+
+
+@triton.jit
+def _gradients(
+    sigma, delta, exists, through, transmittance, w, red, green, blue, target, scale,
+    WHITE: tl.constexpr,
+):  # fmt: skip
+    """Of a ray with the true colour at `target`: its error, the gradients of σ and raw colour."""
+    ray_red, ray_green, ray_blue = _color(w, red, green, blue, WHITE)
+    off_red = ray_red - tl.load(target)
+    off_green = ray_green - tl.load(target + 1)
+    off_blue = ray_blue - tl.load(target + 2)
+    error = off_red * off_red + off_green * off_green + off_blue * off_blue
+    g_red, g_green, g_blue = 2.0 * scale * off_red, 2.0 * scale * off_green, 2.0 * scale * off_blue
+    q = g_red * red + g_green * green + g_blue * blue
+    if WHITE:
+        q -= g_red + g_green + g_blue
+    share = tl.where(exists, q * w, 0.0)
+    behind = tl.cumsum(share, 0, reverse=True) - share
+    g_sigma = tl.where(sigma > 0, (q * transmittance * through - behind) * delta, 0.0)
+    return (
+        error,
+        g_sigma,
+        g_red * w * red * (1.0 - red),
+        g_green * w * green * (1.0 - green),
+        g_blue * w * blue * (1.0 - blue),
+    )
+
+
+@triton.jit
 def _merge_importance(
-    place, w, u_of, merged, ray, samples, drawn,
-    u_stride, PADDED: tl.constexpr, DRAWN: tl.constexpr,
+    place, w, u_of, merged, added, source, ray, samples, drawn,
+    u_stride, SPLIT: tl.constexpr, PADDED: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Draw from the inverse CDF of a ray's weights and write old and new samples in order."""
     sample = tl.arange(0, PADDED)
@@ -162,6 +214,11 @@ def _merge_importance(
     row = merged + ray * (samples + drawn)
     tl.store(row + old_rank, here, mask=exists)
     tl.store(row + new_rank, t, mask=new < drawn)
+    if SPLIT:
+        tl.store(added + ray * drawn + new, t, mask=new < drawn)
+        origin = source + ray * (samples + drawn)
+        tl.store(origin + old_rank, sample, mask=exists)
+        tl.store(origin + new_rank, samples + new, mask=new < drawn)
 
 
 @triton.jit(do_not_specialize=["samples", "drawn", "u_stride", "noise_std", "scale"])
@@ -177,6 +234,8 @@ def composite(
     g_density,
     g_rgb,
     merged,
+    added,
+    source,
     samples,
     drawn,
     t_stride,
@@ -187,6 +246,7 @@ def composite(
     COLOR: tl.constexpr,
     WHITE: tl.constexpr,
     IMPORTANCE: tl.constexpr,
+    SPLIT: tl.constexpr,
     PADDED: tl.constexpr,
     DRAWN: tl.constexpr,
 ):
@@ -204,6 +264,9 @@ def composite(
             the colours, clamped to [0, 1] (COLOR).
         g_density: (R, S) fp32, gradient of the loss, written (TRAIN); `g_rgb` (R, S, 3) likewise.
         merged: (R, S + N) fp32, t and the new samples in order, written (IMPORTANCE).
+        added: (R, N) fp32, the new samples in the order of u, written (SPLIT).
+        source: (R, S + N) int32, which of t and `added`, one behind the other, each of `merged`
+            is, written (SPLIT).
         samples: S.
         drawn: N.
         t_stride: S, or 0.
@@ -214,6 +277,7 @@ def composite(
         COLOR: whether colours are.
         WHITE: whether the background is white.
         IMPORTANCE: whether new samples are drawn.
+        SPLIT: whether they are wanted by themselves, too.
         PADDED: a power of two, at least S.
         DRAWN: a power of two, at least N.
     """
@@ -228,52 +292,121 @@ def composite(
     sigma = tl.load(density + at, mask=exists, other=0.0)
     if TRAIN:
         sigma += noise_std * tl.load(noise + at, mask=exists, other=0.0)
-    depth = tl.where(exists, tl.maximum(sigma, 0.0) * delta, 0.0)
-    # The last depth is not part of any sum: it is 1e10 times the others.
-    inner = tl.where(sample + 1 < samples, depth, 0.0)
-    before = tl.cumsum(inner, 0) - inner
-    before = tl.where(sample + 1 < samples, before, tl.sum(inner, 0))
-    through = tl.exp(-depth)
-    transmittance = tl.exp(-before)
-    w = tl.where(exists, (1.0 - through) * transmittance, 0.0)
+    through, transmittance, w = _weights(sigma, delta, exists, sample + 1 < samples)
     if TRAIN or COLOR:
         red = _sigmoid(tl.load(rgb + at * 3, mask=exists, other=0.0))
         green = _sigmoid(tl.load(rgb + at * 3 + 1, mask=exists, other=0.0))
         blue = _sigmoid(tl.load(rgb + at * 3 + 2, mask=exists, other=0.0))
-        ray_red, ray_green = tl.sum(w * red, 0), tl.sum(w * green, 0)
-        ray_blue = tl.sum(w * blue, 0)
-        if WHITE:
-            rest = 1.0 - tl.sum(w, 0)
-            ray_red += rest
-            ray_green += rest
-            ray_blue += rest
     if COLOR:
+        ray_red, ray_green, ray_blue = _color(w, red, green, blue, WHITE)
         tl.store(result + ray * 3, tl.minimum(tl.maximum(ray_red, 0.0), 1.0))
         tl.store(result + ray * 3 + 1, tl.minimum(tl.maximum(ray_green, 0.0), 1.0))
         tl.store(result + ray * 3 + 2, tl.minimum(tl.maximum(ray_blue, 0.0), 1.0))
     if TRAIN:
-        off_red = ray_red - tl.load(colors + ray * 3)
-        off_green = ray_green - tl.load(colors + ray * 3 + 1)
-        off_blue = ray_blue - tl.load(colors + ray * 3 + 2)
-        tl.store(result + ray, off_red * off_red + off_green * off_green + off_blue * off_blue)
-        g_red, g_green, g_blue = (
-            2.0 * scale * off_red,
-            2.0 * scale * off_green,
-            2.0 * scale * off_blue,
-        )
-        tl.store(g_rgb + at * 3, g_red * w * red * (1.0 - red), mask=exists)
-        tl.store(g_rgb + at * 3 + 1, g_green * w * green * (1.0 - green), mask=exists)
-        tl.store(g_rgb + at * 3 + 2, g_blue * w * blue * (1.0 - blue), mask=exists)
-        q = g_red * red + g_green * green + g_blue * blue
-        if WHITE:
-            q -= g_red + g_green + g_blue
-        share = tl.where(exists, q * w, 0.0)
-        behind = tl.cumsum(share, 0, reverse=True) - share
-        g_depth = q * transmittance * through - behind
-        gradient = tl.where(sigma > 0, g_depth * delta, 0.0)
-        tl.store(g_density + at, gradient, mask=exists)
+        error, g_sigma, g_red, g_green, g_blue = _gradients(
+            sigma, delta, exists, through, transmittance, w, red, green, blue, colors + ray * 3,
+            scale, WHITE,
+        )  # fmt: skip
+        tl.store(result + ray, error)
+        tl.store(g_rgb + at * 3, g_red, mask=exists)
+        tl.store(g_rgb + at * 3 + 1, g_green, mask=exists)
+        tl.store(g_rgb + at * 3 + 2, g_blue, mask=exists)
+        tl.store(g_density + at, g_sigma, mask=exists)
     if IMPORTANCE:
-        _merge_importance(place, w, u, merged, ray, samples, drawn, u_stride, PADDED, DRAWN)
+        _merge_importance(
+            place, w, u, merged, added, source, ray, samples, drawn, u_stride, SPLIT, PADDED, DRAWN
+        )
+
+
+@triton.jit
+def _either(first, second, row, column, S, N, exists, PARTS: tl.constexpr, part: tl.constexpr):
+    """What a ray has at `column` of its S + N samples, which lie in two tensors."""
+    old = exists & (column < S)
+    new = exists & (column >= S)
+    here = tl.load(first + (row * S + column) * PARTS + part, mask=old, other=0.0)
+    return here + tl.load(second + (row * N + column - S) * PARTS + part, mask=new, other=0.0)
+
+
+@triton.jit
+def _add_either(
+    first, second, row, column, S, N, exists, PARTS: tl.constexpr, part: tl.constexpr, values
+):
+    """Add to the former, overwrite the latter."""
+    old = exists & (column < S)
+    new = exists & (column >= S)
+    place = first + (row * S + column) * PARTS + part
+    tl.store(place, tl.load(place, mask=old, other=0.0) + values, mask=old)
+    tl.store(second + (row * N + column - S) * PARTS + part, values, mask=new)
+
+
+@triton.jit(do_not_specialize=["samples", "drawn", "noise_std", "scale"])
+def composite_joined(
+    density,
+    more_density,
+    rgb,
+    more_rgb,
+    t,
+    source,
+    lengths,
+    noise,
+    colors,
+    errors,
+    g_density,
+    g_more_density,
+    g_rgb,
+    g_more_rgb,
+    samples,
+    drawn,
+    noise_std,
+    scale,
+    WHITE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Error and gradients of a ray whose samples were evaluated in two parts by one network.
+
+    Args:
+        density: (R, S) fp32, raw, of the first part; `rgb` (R, S, 3).
+        more_density: (R, N) fp32, raw, of the second part; `more_rgb` (R, N, 3).
+        t: (R, S + N) fp32, all of them, ascending.
+        source: (R, S + N) int32, which of both parts, one behind the other, each one is.
+        lengths: (R,) fp32, |direction|.
+        noise: (R, S + N) fp32, standard normal, in the order of t.
+        colors: (R, 3) fp32, true colours.
+        errors: (R,) fp32, written: summed squared errors.
+        g_density: (R, S) fp32, gradient of the loss, **added to**; `g_rgb` (R, S, 3) likewise.
+        g_more_density: (R, N) fp32, written; `g_more_rgb` (R, N, 3) likewise.
+        samples: S.
+        drawn: N.
+        noise_std: what the noise is multiplied by.
+        scale: the loss is `scale` times the sum of the squared errors.
+        WHITE: whether the background is white.
+        PADDED: a power of two, at least S + N.
+    """
+    ray = tl.program_id(0).to(tl.int64)
+    sample = tl.arange(0, PADDED)
+    count = samples + drawn
+    exists = sample < count
+    inner = sample + 1 < count
+    at = ray * count + sample
+    here = tl.load(t + at, mask=exists, other=0.0)
+    after = tl.load(t + at + 1, mask=inner, other=0.0)
+    delta = tl.where(inner, after - here, LAST_DISTANCE) * tl.load(lengths + ray)
+    place = tl.load(source + at, mask=exists, other=0)
+    sigma = _either(density, more_density, ray, place, samples, drawn, exists, 1, 0)
+    sigma += noise_std * tl.load(noise + at, mask=exists, other=0.0)
+    through, transmittance, w = _weights(sigma, delta, exists, inner)
+    red = _sigmoid(_either(rgb, more_rgb, ray, place, samples, drawn, exists, 3, 0))
+    green = _sigmoid(_either(rgb, more_rgb, ray, place, samples, drawn, exists, 3, 1))
+    blue = _sigmoid(_either(rgb, more_rgb, ray, place, samples, drawn, exists, 3, 2))
+    error, g_sigma, g_red, g_green, g_blue = _gradients(
+        sigma, delta, exists, through, transmittance, w, red, green, blue, colors + ray * 3, scale,
+        WHITE,
+    )  # fmt: skip
+    tl.store(errors + ray, error)
+    _add_either(g_density, g_more_density, ray, place, samples, drawn, exists, 1, 0, g_sigma)
+    _add_either(g_rgb, g_more_rgb, ray, place, samples, drawn, exists, 3, 0, g_red)
+    _add_either(g_rgb, g_more_rgb, ray, place, samples, drawn, exists, 3, 1, g_green)
+    _add_either(g_rgb, g_more_rgb, ray, place, samples, drawn, exists, 3, 2, g_blue)
 
 
 @triton.jit(do_not_specialize=["rays"])

@@ -51,10 +51,10 @@ def composite(given, u, *, train, color, white, drawn, shared_u=False, shared_t=
     g_density, g_rgb = torch.full_like(density, nan), torch.full_like(rgb, nan)
     merged = torch.full((rays, samples + drawn), nan, device=DEVICE)
     volume.composite[(rays,)](
-        density, rgb, t, lengths, noise, u, colors, result, g_density, g_rgb, merged, samples,
-        drawn, 0 if shared_t else samples, 0 if shared_u else drawn, 0.5, 1.0 / (3 * rays),
-        TRAIN=train, COLOR=color, WHITE=white, IMPORTANCE=drawn > 0, PADDED=padded(samples),
-        DRAWN=padded(max(drawn, 1)),
+        density, rgb, t, lengths, noise, u, colors, result, g_density, g_rgb, merged, merged,
+        merged, samples, drawn, 0 if shared_t else samples, 0 if shared_u else drawn, 0.5,
+        1.0 / (3 * rays), TRAIN=train, COLOR=color, WHITE=white, IMPORTANCE=drawn > 0, SPLIT=False,
+        PADDED=padded(samples), DRAWN=padded(max(drawn, 1)),
     )  # fmt: skip
     return result, g_density, g_rgb, merged
 

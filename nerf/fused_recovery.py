@@ -1,0 +1,411 @@
+"""A recovery's steps on the fused kernels (Triton; importing this module needs it).
+
+For a network that both passes share, learning from photos, with weights that are not rounded yet or
+on symmetric grids: the whole step is a few dozen launches of one CUDA graph, as `nerf.fused` is for
+a plain training. The network is evaluated once at the coarse samples and once at the drawn ones;
+`composite_joined` reads both parts in order. Rounding, its gradients, Adam and the price of codes
+work on whole rows (`nerf.kernels.rounded`).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import triton
+from torch import Tensor
+
+from nerf.backends import power_of_two
+from nerf.devices import arithmetic
+from nerf.field import LayerSpec, NerfModel
+from nerf.fused import (
+    ERRORS_A_STEP,
+    RAYS_A_PROGRAM,
+    STEPS_BEFORE_CAPTURE,
+    check_kernels,
+)
+from nerf.graphs import StepGraph
+from nerf.kernels import rounded, volume
+from nerf.kernels.mlp import FusedField
+from nerf.muon import MOMENTUM, for_muon, orthogonalized, step_factor
+from nerf.pool import RayPool
+from nerf.recipe import SHARED_COARSE, RecoveryRecipe, Squeeze
+from nerf.rendering import RenderSettings
+from nerf.rounding import RoundedLayer, levels, parse_scheme
+from nerf.sampling import strata
+from nerf.steps import BETAS, EPSILON, log
+
+Moments = dict[str, tuple[int, Tensor, Tensor | None]]
+"""Steps done, first and second moment of each trained tensor; Muon has no second."""
+SCHEDULE = 5  # numbers of an iteration, see `update_rows`
+
+
+def can_round(layers: Mapping[str, RoundedLayer]) -> bool:
+    """Whether the kernels round weights so."""
+    return all(parse_scheme(layer.scheme)[0] == "int" for layer in layers.values())
+
+
+class FusedRecovery:
+    """Steps of a recovery of a shared network, from photos.
+
+    Args:
+        student: the model; its weights become views of this object's.
+        pool: the rays.
+        settings: bounds and background.
+        recipe: how.
+        seed: of the order of rays.
+        generator: of all random numbers.
+
+    Raises:
+        NerfError: the kernels do not compute what they should here.
+        Exception: whatever the compiler or the driver throws.
+    """
+
+    def __init__(
+        self,
+        student: NerfModel,
+        pool: RayPool,
+        settings: RenderSettings,
+        recipe: RecoveryRecipe,
+        seed: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.device = device = student.device
+        check_kernels(device)
+        self._pool, self._settings, self._recipe, self._seed = pool, settings, recipe, seed
+        self.generator = generator
+        shape, samples = student.fine.shape, student.samples
+        self._rays = rays = min(recipe.rays, len(pool))
+        self._batches = len(pool) // rays
+        self._field = FusedField(shape, rays, samples.coarse, device)
+        self._more = FusedField(shape, rays, samples.fine, device)
+        self._more.compute_as(self._field)
+        self._plan = plan = self._field.plan
+        self._muon = recipe.optimizer == "muon"
+        self._lay_out(shape.layers())
+
+        def empty(*size: int) -> Tensor:
+            return torch.zeros(*size, device=device)
+
+        self._values = empty(plan.count)
+        for name, parameter in student.fine.named_parameters():
+            view = plan.view(self._values, name)
+            view.copy_(parameter.data)
+            parameter.data = view
+        self._first, self._second = (empty(plan.count + self._rows) for _ in range(2))
+        self._start, self._tops = empty(self._rows), empty(self._rows)
+        self._changes, self._g_changes = empty(self._rows), empty(self._rows)
+        self._rounds = False
+        self._rounded_since = 0
+        self._squeeze: Squeeze | None = None
+        self._limits = torch.ones(2, device=device)
+        self._layers = len(shape.layers())
+        self._sizes = torch.tensor(
+            [float(layer.in_width * layer.out_width) for layer in shape.layers()], device=device
+        )
+        self._code_sums, self._costs = empty(self._layers), empty(self._layers)
+        self._allocate(samples.coarse, samples.fine)
+        # `begin_step` makes the schedule of a plain training of it, which is not used.
+        self._constants = torch.full((4,), -1.0, dtype=torch.float64, device=device)
+        self._unused = empty(2)
+        self._schedule = empty(1, SCHEDULE)
+        self._schedules = self._planned()
+        self._at, self._epoch = 0, -1
+        self._next_order: tuple[int, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._renew()
+
+    def _allocate(self, coarse: int, drawn: int) -> None:
+        """What a step works on."""
+        device, rays, settings = self.device, self._rays, self._settings
+
+        def empty(*size: int) -> Tensor:
+            return torch.zeros(*size, device=device)
+
+        self._n, self._drawn, every = coarse, drawn, coarse + drawn
+        shape = self._field.shape
+        self._octaves = shape.direction_octaves
+        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._order = torch.zeros(len(self._pool), dtype=torch.int32, device=device)
+        lower, upper = strata(self._n, settings.near, settings.far, device)
+        self._strata = torch.stack((lower, upper - lower))
+        self._jitter, self._u = empty(rays, self._n), empty(rays, self._drawn)
+        self._noise, self._all_noise = empty(rays, self._n), empty(rays, every)
+        self._origins, self._directions, self._colors = (empty(rays, 3) for _ in range(3))
+        self._lengths, self._encoded = empty(rays), empty(rays, shape.direction_features)
+        self._t, self._t_drawn, self._t_all = (
+            empty(rays, self._n),
+            empty(rays, self._drawn),
+            empty(rays, every),
+        )
+        self._source = torch.zeros(rays, every, dtype=torch.int32, device=device)
+        self._coarse_errors, self._errors = empty(rays), empty(rays)
+        self._g = empty(rays, self._n), empty(rays, self._n, 3)
+        self._g_more = empty(rays, self._drawn), empty(rays, self._drawn, 3)
+        self._sums = empty(3)
+
+    def _lay_out(self, layers: tuple[LayerSpec, ...]) -> None:
+        """The table of rows, and the matrices of Muon."""
+        plan = self._plan
+        named = {f"fine.{name}": size for name, (_, size) in plan.parameters.items()}
+        names = for_muon({name: torch.empty(size) for name, size in named.items()})
+        self._matrices = names if self._muon else ()
+        sizes = [named[name] for name in self._matrices]
+        height = max((size[0] for size in sizes), default=0)
+        width = max((size[1] for size in sizes), default=0)
+        self._stack = torch.zeros(len(sizes), height, width, device=self.device)
+        table, factors = [], []
+        for number, layer in enumerate(layers):
+            weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+            found = f"fine.{weight}" in self._matrices
+            slot = self._matrices.index(f"fine.{weight}") if found else -1
+            at, size = plan.parameters[weight]
+            for row in range(size[0]):
+                place = plan.parameters[bias][0] + row
+                table.append((at + row * size[1], size[1], place, number, slot, row))
+                factors.append(step_factor(size))
+        self._table = torch.tensor(table, dtype=torch.int32, device=self.device)
+        self._factors = torch.tensor(factors, device=self.device)
+        self._rows = len(table)
+        self._widest = power_of_two(int(self._table[:, 1].max()))
+
+    def _planned(self) -> Tensor:
+        """The schedule of every iteration, see `nerf.kernels.rounded.update_rows`."""
+        recipe = self._recipe
+
+        def corrections(step: int) -> tuple[float, float]:
+            if step < 1:
+                return 0.0, 0.0
+            return 1.0 / (1.0 - BETAS[0] ** step), 1.0 / math.sqrt(1.0 - BETAS[1] ** step)
+
+        rows: list[tuple[float, ...]] = []
+        for iteration in range(recipe.iterations):
+            rate = recipe.rate_at(iteration)
+            first, second = corrections(iteration + 1)
+            later = corrections(iteration + 1 - self._rounded_since if self._rounds else 0)
+            rows.append((rate * first, second, rate * later[0], later[1], rate))
+        return torch.tensor(rows or [(0.0,) * SCHEDULE], device=self.device)
+
+    # --- rounding --------------------------------------------------------------------------
+
+    def round_weights(self, layers: Mapping[str, RoundedLayer], since: int) -> None:
+        """From now on, train the weights on grids; the changes of their scales become views.
+
+        Args:
+            layers: how each is rounded, see `can_round`.
+            since: the iteration at which that began.
+        """
+        self._rounds, self._rounded_since = True, since
+        at = 0
+        for name in self._layer_names():
+            layer = layers[name]
+            kind, bits = parse_scheme(layer.scheme)
+            assert bits is not None
+            rows = len(layer.start["scale"])
+            self._start[at : at + rows].copy_(layer.start["scale"])
+            self._tops[at : at + rows].fill_(levels(kind, bits)[1])
+            change = self._changes[at : at + rows]
+            with torch.no_grad():
+                change.copy_(layer.change["scale"])
+                layer.change["scale"].data = change
+            at += rows
+        self._schedules = self._planned()
+        self._renew()
+
+    def _layer_names(self) -> list[str]:
+        return [layer.name for layer in self._field.shape.layers()]
+
+    def squeeze(self, first: float, last: float, price: Tensor) -> None:
+        """Give the codes a price, see `nerf.recovery.Recovery.squeeze`.
+
+        Args:
+            first: bits that they took when rounding began.
+            last: bits that they are to take.
+            price: λ, a tensor that is updated in place.
+        """
+        if self._squeeze is None:
+            self._squeeze = Squeeze.of(self._recipe)
+            self._renew()
+        self._price = price
+        self._limits.copy_(torch.tensor([first, last]))
+
+    # --- steps -----------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Capture anew: what a step does has changed; and round the weights as they are now."""
+        self._graph: StepGraph[None] | None = None
+        self._eager_steps_left = STEPS_BEFORE_CAPTURE
+        self._stale = True
+
+    def run(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Run steps; gives the sums of the fine MSE and of the whole loss."""
+        self._sums.zero_()
+        with arithmetic("float32", self.device):
+            if self._stale:
+                self._code_sums.zero_()
+                self._update(update=False)
+                self._stale = False
+            for iteration in range(first, first + count):
+                self._prepare(iteration)
+                if self._eager_steps_left == 0 and self.device.type == "cuda":
+                    self._capture()
+                self._eager_steps_left -= 1
+                if self._graph is None:
+                    self._step()
+                else:
+                    self._graph()
+                self._at += 1
+        coarse, fine, priced = self._sums.clone().unbind()
+        return fine, fine + SHARED_COARSE * coarse + priced
+
+    def _prepare(self, iteration: int) -> None:
+        epoch = iteration // self._batches
+        if epoch != self._epoch:
+            self._order.copy_(self._order_of(epoch))
+            self._epoch = epoch
+        if iteration != self._at:
+            self._counter.fill_(iteration)
+            self._at = iteration
+
+    def _order_of(self, epoch: int) -> Tensor:
+        """The rays in an epoch's order; the next epoch's is made meanwhile, by another thread."""
+        if self._next_order is not None and self._next_order[0] == epoch:
+            order = self._next_order[1].result()
+        else:
+            order = self._pool.order(self._seed, epoch)
+        self._next_order = (
+            epoch + 1,
+            self._thread.submit(self._pool.order, self._seed, epoch + 1),
+        )
+        return order
+
+    def _capture(self) -> None:
+        torch.cuda.synchronize(self.device)
+        random_state = self.generator.get_state()
+        try:
+            self._graph = StepGraph(self._step, self.generator)
+        except RuntimeError as error:
+            # A failed capture leaves its generator unusable.
+            self.generator = torch.Generator(self.device)
+            self.generator.set_state(random_state)
+            log.warning("recovering without a CUDA graph, which is slower: %s", error)
+
+    def _step(self) -> None:
+        recipe, rays = self._recipe, self._rays
+        # In this order, as `nerf.recovery.Recovery` does.
+        self._jitter.uniform_(generator=self.generator)
+        if recipe.density_noise > 0:
+            self._noise.normal_(generator=self.generator)
+        self._u.uniform_(generator=self.generator)
+        if recipe.density_noise > 0:
+            self._all_noise.normal_(generator=self.generator)
+        torch.index_select(self._schedules, 0, self._counter, out=self._schedule)
+        pool = self._pool.rays
+        volume.begin_step[(triton.cdiv(rays, RAYS_A_PROGRAM),)](
+            self._order, self._counter, pool.origins, pool.directions, pool.view_directions,
+            self._pool.colors, self._jitter, self._strata, self._origins, self._directions,
+            self._lengths, self._colors, self._encoded, self._t, self._constants, self._unused,
+            self._batches, rays, self._n, self._octaves, PADDED=power_of_two(self._n),
+            BLOCK=RAYS_A_PROGRAM, num_warps=4,
+        )  # fmt: skip
+        if self._squeeze is not None:
+            rounded.price_codes[(1,)](
+                self._counter, self._code_sums, self._sizes, self._limits, self._price,
+                self._costs, self._sums[2:], self._layers, self._squeeze.first_iteration,
+                self._squeeze.falling, self._squeeze.rate, PADDED=power_of_two(self._layers),
+                num_warps=1,
+            )  # fmt: skip
+        self._gradients()
+        rounded.row_gradients[(self._rows,)](
+            self._table, self._values, self._field.gradients, self._more.gradients, self._start,
+            self._tops, self._changes, self._g_changes, self._first, self._stack, self._costs,
+            self._stack.shape[1], self._stack.shape[2], BETA=MOMENTUM, ROUND=self._rounds,
+            SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._widest, num_warps=4,
+        )  # fmt: skip
+        if self._muon:
+            self._stack.copy_(orthogonalized(self._stack))
+        self._update(update=True)
+        volume.end_step[(1,)](
+            self._counter, self._coarse_errors, self._errors, self._sums, rays,
+            PADDED=ERRORS_A_STEP, num_warps=4,
+        )  # fmt: skip
+
+    def _update(self, update: bool) -> None:
+        rounded.update_rows[(self._rows,)](
+            self._table, self._factors, self._values, self._field.parameters,
+            self._field.gradients, self._first, self._second, self._start, self._tops,
+            self._changes, self._g_changes, self._stack, self._schedule, self._code_sums,
+            self._stack.shape[1], self._stack.shape[2], self._plan.count, BETA_1=BETAS[0],
+            BETA_2=BETAS[1], EPSILON=EPSILON, UPDATE=update, ROUND=self._rounds,
+            SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._widest, num_warps=4,
+        )  # fmt: skip
+
+    def _gradients(self) -> None:
+        """Both passes forward and backward."""
+        recipe, rays = self._recipe, self._rays
+        white = self._settings.white_background
+        self._field.pack()
+        density, rgb = self._field.forward(self._origins, self._directions, self._t, self._encoded)
+        volume.composite[(rays,)](
+            density, rgb, self._t, self._lengths, self._noise, self._u, self._colors,
+            self._coarse_errors, *self._g, self._t_all, self._t_drawn, self._source, self._n,
+            self._drawn, self._n, self._drawn, recipe.density_noise,
+            SHARED_COARSE / (3 * rays), TRAIN=True, COLOR=False, WHITE=white,
+            IMPORTANCE=True, SPLIT=True, PADDED=power_of_two(self._n),
+            DRAWN=power_of_two(self._drawn), num_warps=4,
+        )  # fmt: skip
+        more_density, more_rgb = self._more.forward(
+            self._origins, self._directions, self._t_drawn, self._encoded
+        )
+        g_density, g_rgb = self._g
+        g_more_density, g_more_rgb = self._g_more
+        volume.composite_joined[(rays,)](
+            density, more_density, rgb, more_rgb, self._t_all, self._source, self._lengths,
+            self._all_noise, self._colors, self._errors, g_density, g_more_density, g_rgb,
+            g_more_rgb, self._n, self._drawn, recipe.density_noise, 1.0 / (3 * rays), WHITE=white,
+            PADDED=power_of_two(self._n + self._drawn), num_warps=1,
+        )  # fmt: skip
+        self._field.backward(g_density, g_rgb)
+        self._more.backward(g_more_density, g_more_rgb)
+
+    # --- state -----------------------------------------------------------------------------
+
+    def _moments_of(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Views of both moments by the name of what is trained."""
+        for name in self._plan.parameters:
+            second = None if f"fine.{name}" in self._matrices else self._second
+            view = self._plan.view
+            yield (
+                f"fine.{name}",
+                view(self._first, name),
+                second if second is None else view(second, name),
+            )
+        at = self._plan.count
+        for layer in self._field.shape.layers() if self._rounds else ():
+            part = slice(at, at + layer.out_width)
+            yield f"fine.{layer.name}/scale", self._first[part], self._second[part]
+            at += layer.out_width
+
+    def moments(self, iteration: int) -> Moments:
+        """Where the optimisers stand after so many iterations."""
+        return {
+            name: (iteration - (self._rounded_since if "/" in name else 0), first, second)
+            for name, first, second in self._moments_of()
+        }
+
+    def restore(self, iteration: int, moments: Moments) -> None:
+        """Go on from elsewhere; weights and changes were copied into their views.
+
+        Args:
+            iteration: steps done.
+            moments: where the optimisers stood then.
+        """
+        for name, first, second in self._moments_of():
+            step, other, another = moments.get(name, (0, None, None))
+            if "/" in name:
+                self._rounded_since = iteration - step
+            for mine, found in ((first, other), (second, another)):
+                if mine is not None:
+                    mine.zero_() if found is None else mine.copy_(found)
+        self._schedules = self._planned()
+        self._renew()
