@@ -35,6 +35,8 @@ def method_of(config: Mapping[str, Any]) -> str:
             words[-1] += f" squeezed {config['recover_squeeze']:g}"
         if "recover_density_noise" in config:
             words[-1] += f" with noise {config['recover_density_noise']:g}"
+        if "recover_optimizer" in config:
+            words[-1] += f" by {config['recover_optimizer']}"
     return ", ".join(words)
 
 
@@ -102,8 +104,7 @@ class Record:
             ratio ``size``, ``allocation``, ``coarse_weight``; where it was trained after pruning
             ``recover_iterations``, ``recover_from``, ``recover_learning_rate``, ``recover_rays``,
             ``recover_rounding_from``, ``recover_steps``, ``recover_squeeze``,
-            ``recover_density_noise``). A control
-            has ``control`` (its name).
+            ``recover_density_noise``, ``recover_optimizer``). A control has ``control`` (its name).
         metrics: flat numbers: ``mse``, ``psnr`` (dB), ``ssim``, ``size_bytes``, ``nonzero_bytes``,
             ``params``, ``params_coarse`` (not of a shared network), ``params_fine``,
             ``flops_per_ray``, ``render_seconds``

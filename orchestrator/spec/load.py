@@ -319,6 +319,7 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
             grid.recover.steps,
             grid.recover.squeeze,
             grid.recover.density_noise or [None],
+            grid.recover.optimizer,
         )
         for grid in parsed.prune
     )
@@ -457,6 +458,7 @@ def _grid(section: PruneSection) -> PruneGrid:
             steps=tuple(dict.fromkeys(recover.steps)),
             squeezes=tuple(dict.fromkeys(recover.squeeze)),
             density_noises=tuple(dict.fromkeys(recover.density_noise)) or (None,),
+            optimizers=tuple(dict.fromkeys(recover.optimizer)),
             controls=tuple(dict.fromkeys(recover.controls)),
         ),
     )

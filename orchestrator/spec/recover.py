@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from nerf.devices import Precision
-from nerf.recovery import RecoveryRecipe, Source
+from nerf.recipe import Optimizer, RecoveryRecipe, Source
 
 ControlName = Literal["dense_longer", "narrow"]
 """``dense_longer``: the dense model trained for the same extra iterations. ``narrow``: a NeRF of
@@ -30,6 +30,7 @@ class Recover:
             more bytes than the file may have.
         density_noise: standard deviation of the noise added to raw densities; None for that of
             the training that made the dense model.
+        optimizer: ``adam``, or ``muon`` for the matrices.
     """
 
     iterations: int
@@ -40,6 +41,7 @@ class Recover:
     steps: int = 1
     squeeze: float = 1.0
     density_noise: float | None = None
+    optimizer: Optimizer = "adam"
 
     def at(self, bits: str) -> "Recover":
         """The same, for weights stored so: where nothing is rounded, it never begins."""
@@ -52,6 +54,8 @@ class Recover:
             del identity["squeeze"]
         if self.density_noise is None:
             del identity["density_noise"]
+        if self.optimizer == "adam":
+            del identity["optimizer"]
         return identity
 
     def flat(self) -> dict[str, Any]:
@@ -67,6 +71,8 @@ class Recover:
         }
         if self.density_noise is not None:
             flat["recover_density_noise"] = self.density_noise
+        if self.optimizer != "adam":
+            flat["recover_optimizer"] = self.optimizer
         return flat
 
     def recipe(self, density_noise: float, precision: Precision, last: bool) -> RecoveryRecipe:
@@ -88,6 +94,7 @@ class Recover:
             rounding_from=self.rounding_from,
             density_noise=density_noise if self.density_noise is None else self.density_noise,
             precision=precision,
+            optimizer=self.optimizer,
         )
 
 
@@ -104,6 +111,7 @@ class RecoverAxes:
         steps: numbers of rounds.
         squeezes: how much larger files are pruned to, before their codes are trained smaller.
         density_noises: added to raw densities; None for that of the dense model's training.
+        optimizers: of the matrices.
         controls: what is trained beside, for comparison; a narrow NeRF only with sizes.
     """
 
@@ -115,6 +123,7 @@ class RecoverAxes:
     steps: tuple[int, ...] = (1,)
     squeezes: tuple[float, ...] = (1.0,)
     density_noises: tuple[float | None, ...] = (None,)
+    optimizers: tuple[Optimizer, ...] = ("adam",)
     controls: tuple[ControlName, ...] = CONTROLS
 
     def recoveries(self) -> Iterator[Recover | None]:
@@ -131,5 +140,6 @@ class RecoverAxes:
                 self.steps,
                 self.squeezes,
                 self.density_noises,
+                self.optimizers,
             ):
                 yield Recover(iterations, *values)

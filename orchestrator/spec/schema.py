@@ -473,6 +473,11 @@ class RecoverSection(_Section):
             "given, that of the training"
         ),
     ] = []
+    optimizer: Annotated[
+        list[Literal["adam", "muon"]],
+        Listed,
+        Field(min_length=1, description="of the matrices; biases and scales are Adam's"),
+    ] = ["adam"]
     controls: Annotated[
         list[Literal["dense_longer", "narrow"]],
         Listed,

@@ -416,6 +416,9 @@ def test_noise_is_that_of_the_training_unless_the_recovery_says_otherwise() -> N
     silent, given = Recover(100), Recover(100, density_noise=0.0)
     assert silent.recipe(1.0, "float32", last=True).density_noise == 1.0
     assert given.recipe(1.0, "float32", last=True).density_noise == 0.0
+    assert Recover(100, optimizer="muon").recipe(1.0, "float32", last=True).optimizer == "muon"
+    assert Recover(100, optimizer="muon").identity()["optimizer"] == "muon"
+    assert "optimizer" not in silent.identity()
     assert "density_noise" not in silent.identity()  # keys of recoveries before stay as they were
     assert given.identity()["density_noise"] == 0.0
     assert given.flat()["recover_density_noise"] == 0.0

@@ -153,7 +153,7 @@ def test_a_shared_network_is_asked_once_at_each_sample() -> None:
     """What it says at the coarse samples serves both passes: the same as asking it anew."""
     recovery = recovery_of(shared=True)
     rays = recovery.pool.rays[torch.arange(8)]
-    _, t_coarse, fine, t_fine = recovery._passes(recovery._weights(), rays)
+    _, t_coarse, _, fine, t_fine, _ = recovery._passes(recovery._weights(), rays)
     again = ask(recovery.student.fine, rays, t_fine)
     assert torch.allclose(fine.density, again.density, atol=1e-5)
     assert torch.allclose(fine.raw_rgb, again.raw_rgb, atol=1e-5)
@@ -325,8 +325,7 @@ def test_training_rounded_beats_rounding_at_the_end() -> None:
     def mse(recovery: Recovery) -> float:
         picked = torch.arange(len(recovery.pool))
         with torch.no_grad():
-            passes = recovery._passes(recovery._weights(), recovery.pool.rays)
-            shown = recovery._rendered(*passes, recovery.pool.rays)[1]
+            *_, shown = recovery._passes(recovery._weights(), recovery.pool.rays)
         return float((shown.rgb - recovery.pool.colors[picked]).square().mean())
 
     rounded = advanced(recovery_of("photos", iterations=150), 150, "int2")
