@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator import pareto
+from orchestrator.keys import content_key
 from orchestrator.pareto import Point, Quality, Rays, Reference
 from orchestrator.results import Record, method_of
 from orchestrator.store import Store
@@ -75,9 +76,21 @@ class ReportData:
         return tuple(control for control in self.controls if control.failure is None)
 
     @cached_property
-    def done(self) -> tuple[Record, ...]:
-        """Trials with a result."""
+    def measured(self) -> tuple[Record, ...]:
+        """Trials with a result, on whichever rays."""
         return tuple(trial for trial in self.trials if trial.failure is None)
+
+    @cached_property
+    def done(self) -> tuple[Record, ...]:
+        """The same, each model once.
+
+        A search measures a model on validation rays; if it gets onto the final front, it is a
+        trial of its own with held-out views, which then stands for both.
+        """
+        if all("psnr" in trial.metrics for trial in self.measured):
+            return self.measured
+        judged = {_same(trial) for trial in self.measured if "psnr" in trial.metrics}
+        return tuple(t for t in self.measured if "psnr" in t.metrics or _same(t) not in judged)
 
     @cached_property
     def failed(self) -> tuple[Record, ...]:
@@ -148,7 +161,8 @@ class ReportData:
         """Ratios whose renders are shown: those asked for, else up to six spread over all."""
         if self.ratios is not None:
             return tuple(sorted(set(self.ratios)))
-        every = sorted({r for t in self.trials if (r := ratio_of(t)) is not None})
+        planned = (t for t in self.trials if t.config.get("schedule") != "searched")
+        every = sorted({r for t in planned if (r := ratio_of(t)) is not None})
         if len(every) <= 6:
             return tuple(every)
         return tuple(every[round(i * (len(every) - 1) / 5)] for i in range(6))
@@ -179,6 +193,11 @@ class ReportData:
     @cached_property
     def _dense_by_training(self) -> dict[str, Record]:
         return {record.training: record for record in self.dense if record.failure is None}
+
+
+def _same(trial: Record) -> str:
+    """What two trials of one configuration have in common."""
+    return content_key({"training": trial.training, "config": dict(trial.config)})
 
 
 def _first(entry: tuple[float, int, Record]) -> float:

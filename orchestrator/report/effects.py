@@ -204,8 +204,9 @@ def history(data: ReportData, rays: Rays = "held-out") -> list[float]:
     """The hypervolume after each trial measured on these rays, in the order in which they ended."""
     if data.corner is None:
         return []
-    measured = {point.key for point in pareto.points(data.done, rays)}
-    ended = sorted((trial for trial in data.done if trial.key in measured), key=_ended)
+    tried = data.measured if rays == "validation" else data.done
+    known = {point.key for point in pareto.points(tried, rays)}
+    ended = sorted((trial for trial in tried if trial.key in known), key=_ended)
     found: list[float] = []
     front: tuple[pareto.Point, ...] = ()
     for record in ended:

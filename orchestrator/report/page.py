@@ -106,7 +106,7 @@ def e(value: Any) -> str:
 
 
 def _facts(data: ReportData) -> str:
-    failed = len(data.trials) - len(data.done)
+    failed = len(data.trials) - len(data.measured)
     facts = [
         (
             "Trials",

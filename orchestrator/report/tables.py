@@ -36,7 +36,7 @@ def front_json(data: ReportData, quality: Quality = "psnr") -> dict[str, Any]:
         },
         "dense": [_brief(record) for record in data.dense if record.failure is None],
         "controls": [_brief(record) for record in data.baselines],
-        "trials": {"done": len(data.done), "failed": len(data.trials) - len(data.done)},
+        "trials": {"done": len(data.done), "failed": len(data.trials) - len(data.measured)},
     }
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from orchestrator.errors import StoreError, SweepError
 from orchestrator.pareto import Reference
-from orchestrator.report import ReportData, front_json, table, write_report
+from orchestrator.report import ReportData, effects, front_json, table, write_report
 from orchestrator.report.data import smallest_within
 from orchestrator.report.payload import payload
 from orchestrator.report.pictures import Album, album, grids
@@ -154,6 +154,23 @@ def test_the_published_table_stands_beside_fern_alone(data: ReportData, tmp_path
     assert "As published" not in page.text
     assert "This sweep: activation, both" in page.text
     assert all(row.psnr not in page.text for row in TABLE_1)
+
+
+def test_a_model_that_a_search_tried_and_then_rendered_counts_once(data: ReportData) -> None:
+    dense = data.dense[0]
+    rendered = trial_record(dense, 0.4, schedule="searched", fine_layer_0_ratio=0.4)
+    alone = trial_record(dense, 0.6, schedule="searched", fine_layer_0_ratio=0.6)
+    tried = []
+    for number, trial in enumerate((rendered, alone)):
+        metrics = {"size_bytes": trial.metrics["size_bytes"], "validation_psnr": 24.0 - number}
+        metrics["validation_mse"] = 10 ** (-metrics["validation_psnr"] / 10)
+        tried.append(replace(trial, key=f"tried{number}", metrics=metrics, views=()))
+    more = replace(data, trials=(*data.trials, *tried, rendered))
+    assert [t.key for t in more.done] == [*(t.key for t in data.done), "tried1", rendered.key]
+    assert len(more.measured) == len(data.done) + 3
+    assert len(effects.history(more, "validation")) == 2
+    assert more.chosen_ratios == data.chosen_ratios
+    assert f"of {len(data.done) + 2} trials" in table(more)
 
 
 def test_a_metric_that_nobody_measured_is_a_dash(data: ReportData, tmp_path: Path) -> None:
