@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 START_SECONDS = 60.0
@@ -115,6 +116,22 @@ class Postgres:
 
     def stop(self) -> None:
         self._run("pg_ctl", *self._data, "-m", "immediate", "-w", "stop")
+
+    @contextlib.contextmanager
+    def silent(self, *, sessions_only: bool = False) -> Iterator[None]:
+        """For a while it takes connections and says nothing; or only those that it has are mute."""
+        first = psutil.Process(int((self.folder / "data/postmaster.pid").read_text().split()[0]))
+        stopped = [first, *first.children()]
+        if sessions_only:  # what a session calls itself: `postgres: USER DATABASE HOST(PORT) …`
+            stopped = [p for p in stopped if " runs 127.0.0.1(" in " ".join(p.cmdline())]
+        for process in stopped:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in reversed(stopped):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def _run(self, tool: str, *arguments: str) -> None:
         with (self.folder / "said").open("ab") as said:  # not a pipe: the server would keep it open

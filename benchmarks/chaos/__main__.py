@@ -5,7 +5,7 @@
     python -m benchmarks.chaos interrupt --times 6  Ctrl-C, once and twice in turn
     python -m benchmarks.chaos server --seconds 60  the MLflow server is away for a minute
     python -m benchmarks.chaos silence              it takes connections and says nothing
-    python -m benchmarks.chaos postgres             the database of the runs restarts
+    python -m benchmarks.chaos postgres             the database of the runs restarts, or is silent
     python -m benchmarks.chaos bucket --seconds 20  the bucket of the results is away
     python -m benchmarks.chaos disk                 the storage is a disk that fills up (needs root)
 
@@ -21,6 +21,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from benchmarks.chaos.drivers import interrupt, kill_drivers
 from benchmarks.chaos.places import (
     bucket_away,
     disk_full,
-    postgres_restarts,
+    postgres_away,
+    postgres_silent_for_good,
     server_away,
     server_hangs,
 )
@@ -39,7 +41,10 @@ CASES: dict[str, Callable[[Path, argparse.Namespace], Iterator[dict[str, Any]]]]
     "interrupt": lambda folder, o: interrupt(folder, o.times, o.seed),
     "server": lambda folder, o: server_away(folder, o.seconds),
     "silence": lambda folder, o: server_hangs(folder, o.seconds),
-    "postgres": lambda folder, o: postgres_restarts(folder, o.seconds),
+    "postgres": lambda folder, o: chain(
+        *(postgres_away(folder, o.seconds, fault) for fault in ("restart", "silence", "sessions")),
+        postgres_silent_for_good(folder),
+    ),
     "bucket": lambda folder, o: bucket_away(folder, o.seconds),
     "disk": lambda folder, _: disk_full(folder),
 }

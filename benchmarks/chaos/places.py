@@ -121,35 +121,102 @@ def server_hangs(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
         }
 
 
-def postgres_restarts(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """PostgreSQL, which holds the runs, is ended at once in mid-sweep, and started again."""
+@contextmanager
+def postgres() -> Iterator[Postgres | None]:
+    """A PostgreSQL of its own; None where it is not installed."""
     tools = postgres_tools()
     if tools is None:
-        yield {"skipped": "PostgreSQL is not installed"}
+        yield None
         return
-    wanted, *_ = undisturbed()
     # Not under a folder that only its owner may enter: PostgreSQL refuses to run as root.
     place = Path(tempfile.mkdtemp(prefix="pg.", dir="/tmp"))
     database = Postgres(place, tools)
     os.environ["PGPASSWORD"] = database.password
     try:
-        storage = folder / "restarts"
-        path = write(folder, "restarts", tracking={"uri": database.uri, "patience": 2 * seconds})
-        driver = start(path, folder / "restarts.log")
-        wait_for_a_trial(driver, storage)
-        database.stop()
-        gone = time.monotonic()
-        done = seconds_until(driver, lambda: len(results(storage)) == len(wanted))
-        time.sleep(max(0.0, seconds - (done - gone)))
-        database.start()
-        demand(driver.wait(600) == 0, "it failed for the database: see restarts.log")
-        demand("Traceback" not in said(folder / "restarts.log"), "a traceback: see restarts.log")
-        check(storage, wanted, database.uri)
-        yield {"away_s": seconds, "results_after_s": round(done - gone, 1)}
+        yield database
     finally:
         with suppress(RuntimeError):
             database.stop()
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def stopped(database: Postgres) -> Iterator[None]:
+    """The server is ended at once, and started again afterwards."""
+    database.stop()
+    yield
+    database.start()
+
+
+def postgres_away(folder: Path, seconds: float, fault: str) -> Iterator[dict[str, Any]]:
+    """PostgreSQL, which holds the runs, is away in mid-sweep.
+
+    Args:
+        folder: of the sweep.
+        seconds: that it is away.
+        fault: ``restart``: it is ended at once and started again; ``silence``: it takes
+            connections and says nothing; ``sessions``: of the server all answer but those who
+            spoke with this sweep.
+    """
+    wanted, *_ = undisturbed()
+    with postgres() as database:
+        if database is None:
+            yield {"skipped": "PostgreSQL is not installed"}
+            return
+        storage, log = folder / fault, folder / f"{fault}.log"
+        path = write(folder, fault, tracking={"uri": database.uri, "patience": 2 * seconds})
+        driver = start(path, log)
+        wait_for_a_trial(driver, storage)
+        away = {
+            "restart": lambda: stopped(database),
+            "silence": database.silent,
+            "sessions": lambda: database.silent(sessions_only=True),
+        }[fault]
+        with away():
+            gone = time.monotonic()
+            done = seconds_until(driver, lambda: len(results(storage)) == len(wanted))
+            while driver.poll() is None and time.monotonic() < gone + seconds:
+                time.sleep(0.05)
+        demand(driver.wait(600) == 0, f"it failed for the database: see {log}")
+        ended = time.monotonic()
+        demand("Traceback" not in said(log), f"a traceback: see {log}")
+        check(storage, wanted, database.uri)
+        yield {
+            "fault": fault,
+            "away_s": seconds,
+            "results_after_s": round(done - gone, 1),
+            "ended_after_s": round(ended - gone, 1),
+        }
+
+
+def postgres_silent_for_good(folder: Path) -> Iterator[dict[str, Any]]:
+    """It says nothing until the sweep has ended; before a run; then it speaks, and `run` again."""
+    wanted, *_ = undisturbed()
+    with postgres() as database:
+        if database is None:
+            yield {"skipped": "PostgreSQL is not installed"}
+            return
+        storage, log = folder / "for-good", folder / "for-good.log"
+        path = write(folder, "for-good", tracking={"uri": database.uri, "patience": 5})
+        driver = start(path, log)
+        wait_for_a_trial(driver, storage)
+        with database.silent():
+            gone = seconds_until(driver, lambda: len(results(storage)) == len(wanted))
+            demand(driver.wait(240) == 0, f"it failed for the database: see {log}")
+            ended = time.monotonic()
+            demand("Nothing is lost" in said(log), f"it does not say what is missing: see {log}")
+            begun = time.monotonic()
+            demand(start(path, log).wait(240) == 1, "`run` began without its tracking store")
+            refused = time.monotonic() - begun
+            demand("does not answer: no answer within" in said(log), f"it says not why: see {log}")
+        demand(start(path, log).wait(600) == 0, "`run` again failed")
+        demand("Traceback" not in said(log), f"a traceback: see {log}")
+        check(storage, wanted, database.uri)
+        yield {
+            "silent": "for good",
+            "ended_s_after_its_results": round(ended - gone, 1),
+            "run_refused_after_s": round(refused, 1),
+        }
 
 
 class Way:

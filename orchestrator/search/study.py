@@ -34,6 +34,7 @@ from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from orchestrator.databases import limit_silence
 from orchestrator.errors import SearchError
 from orchestrator.search.goals import UP
 from orchestrator.search.samplers import make_sampler
@@ -126,6 +127,7 @@ class Study:
         dimensions: Mapping[str, Range | Choice],
     ) -> None:
         _quiet()
+        limit_silence()
         self.name = name
         self.objectives = tuple(objectives)
         self.distributions: dict[str, BaseDistribution] = {

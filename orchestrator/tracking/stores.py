@@ -9,9 +9,11 @@ import socket
 import sqlite3
 import ssl
 import tempfile
+import time
 import urllib.parse
 from collections.abc import Iterator
 
+from orchestrator.databases import ask_postgresql, limit_silence
 from orchestrator.errors import TrackingError
 from orchestrator.tracking.names import shown, sqlite_path
 
@@ -27,13 +29,14 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
 PROBE_SECONDS = 10
 OPENING = 0x7072756E65  # names the advisory lock of whoever makes the tables
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+TURN_SECONDS = 180.0  # to wait for whoever makes them
+TURN_DELAY = 0.2
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 AWAY = (429, 502, 503, 504)  # what MLflow and proxies answer when what is behind them is away
 GONE = (
@@ -48,6 +51,7 @@ NOISY = ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics")
 # What MLflow says of a database that is away, with a traceback, before it raises what we tell of.
 for _name in NOISY[1:]:
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+limit_silence()
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -59,19 +63,19 @@ def open_client(uri: str) -> MlflowClient:
     scheme = urllib.parse.urlsplit(uri).scheme.partition("+")[0]
     if scheme == "sqlite":
         _check_sqlite(uri)
-    elif scheme in ("http", "https"):
+    elif scheme in PORTS:
         if problem := unreachable(uri):
             raise TrackingError(
                 f"the tracking server {shown(uri)} does not answer: {problem}; start it, or leave "
                 "out `tracking.uri` to keep the runs in the storage folder"
             )
-    elif scheme not in DATABASES:
+    else:
         raise TrackingError(
             f"{shown(uri)!r} is not a tracking store that prunefield can use; allowed are "
             "http(s)://HOST:PORT of an MLflow server, sqlite:///FILE and postgresql://…"
         )
     try:
-        if scheme in DATABASES and scheme != "sqlite":
+        if scheme not in ("sqlite", "http", "https"):
             _probe_database(uri)
         with quiet():
             with _alone(uri):
@@ -98,17 +102,27 @@ def _alone(uri: str) -> Iterator[None]:
     elif uri.startswith("postgresql"):
         engine = create_engine(uri, poolclass=NullPool)  # the lock ends with its connection
         with engine.connect() as connection:
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": OPENING})
+            _wait_for_turn(connection)
             yield
     else:
         yield
 
 
+def _wait_for_turn(connection: Connection) -> None:
+    """Take the lock of the tables; asked again and again, as each question must have an answer."""
+    end = time.monotonic() + TURN_SECONDS
+    ask = text("SELECT pg_try_advisory_lock(:key)")
+    while not connection.execute(ask, {"key": OPENING}).scalar():
+        if time.monotonic() > end:
+            raise TimeoutError(f"another process has been making its tables for {TURN_SECONDS:g} s")
+        time.sleep(TURN_DELAY)
+
+
 def unreachable(uri: str) -> str | None:
     """Why a server cannot be spoken to now; None when it can be, or for a file.
 
-    An MLflow server must answer something, since one that hangs still takes connections. MLflow's
-    own requests would take minutes to say the same.
+    An MLflow server or PostgreSQL must answer something, since what hangs still takes connections.
+    MLflow's own requests would take minutes to say the same.
     """
     parts = urllib.parse.urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
@@ -119,6 +133,8 @@ def unreachable(uri: str) -> str | None:
         host, port = parts.hostname, parts.port or default
         if scheme in ("http", "https"):
             _ask(scheme, host, port, f"{parts.path.rstrip('/')}/health")
+        elif scheme == "postgresql":
+            ask_postgresql(host, port, PROBE_SECONDS)
         else:
             socket.create_connection((host, port), PROBE_SECONDS).close()
     except TimeoutError:
@@ -180,8 +196,7 @@ def quiet() -> Iterator[None]:
 
 def _probe_database(uri: str) -> None:
     """Connect once: MLflow itself would try for almost two minutes to learn of a wrong password."""
-    patience = {"connect_timeout": PROBE_SECONDS} if uri.startswith("postgresql") else {}
-    engine = create_engine(uri, connect_args=patience)
+    engine = create_engine(uri)
     try:
         engine.connect().close()
     finally:

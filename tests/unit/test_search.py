@@ -4,6 +4,7 @@ Trials are not run: a formula stands for them, and its records go into a real st
 """
 
 import math
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,12 @@ from orchestrator.errors import SearchError
 from orchestrator.plan import SearchPlan, Trial, make_plan
 from orchestrator.search import lasting
 from orchestrator.search.lasting import LastingSearch
-from orchestrator.search.search import Search, study_url
+from orchestrator.search.search import Search, open_study, study_url
 from orchestrator.search.study import Study
 from orchestrator.search.summary import is_finished, searched, write_summary
 from orchestrator.spec import Sweep
 from orchestrator.store import Store
+from tests.services import postgres
 from tests.unit.record_builder import save, training_record, trial_record
 from tests.unit.sweep_builder import sweep, with_scene
 
@@ -506,6 +508,53 @@ def test_a_database_that_stays_away_ends_the_search_with_a_clear_error(
     desk.run(step.trials[0])
     with pytest.raises(SearchError, match=r"cannot be used for .* s now.*run again"):
         search.advance([(step.trials[0].key, None)])
+
+
+def test_a_postgresql_that_is_silent_or_restarts_changes_nothing(
+    desk: Desk, tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.drive(desk.search())
+    monkeypatch.setattr("orchestrator.databases.SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrator.databases.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(lasting, "RETRY_SECONDS", 0.1)
+    with postgres() as server:
+        monkeypatch.setenv("PGPASSWORD", server.password)
+        other = Desk(tmp_path / "other", demo_folder, storage=server.uri)
+        search = LastingSearch(other.sweep, other.plan, other.store)
+        step = search.advance([])
+        todo = list(step.trials)
+        for fault in ("silent sessions", "silence", "restart"):
+            trial = todo.pop(0)
+            other.run(trial)
+            if fault == "restart":
+                server.stop()
+                back = threading.Timer(0.5, server.start)
+                back.start()
+                step = search.advance([(trial.key, None)])
+                back.join()
+            elif fault == "silent sessions":
+                with server.silent(sessions_only=True):
+                    step = search.advance([(trial.key, None)])
+            else:
+                with server.silent():
+                    monkeypatch.setattr(lasting, "AWAY_SECONDS", 0.5)
+                    with pytest.raises(SearchError, match=r"cannot be used for .* s now.*run agai"):
+                        search.advance([(trial.key, None)])
+                    with pytest.raises(SearchError, match="connection timeout expired"):
+                        other.search()
+                monkeypatch.setattr(lasting, "AWAY_SECONDS", 60.0)
+                step = search.advance([(trial.key, None)])
+            todo += step.trials
+        while not step.finished:
+            trial = todo.pop(0)
+            other.run(trial)
+            step = search.advance([(trial.key, None)])
+            todo += step.trials
+        search._drop()
+        study = open_study(other.sweep, other.plan, other.store)
+        assert study.entries() == open_study(desk.sweep, desk.plan, desk.store).entries()
+        study.close()
+        assert sorted(other.ran) == sorted(desk.ran)
 
 
 def test_the_dashboard_opens_a_study_under_way(desk: Desk) -> None:

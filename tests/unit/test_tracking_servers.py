@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from sqlalchemy import create_engine, text
 
 from orchestrator.cli import main
 from orchestrator.errors import SpecError, TrackingError
@@ -22,7 +23,7 @@ from orchestrator.results import Record
 from orchestrator.store import Lease, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger, names
 from orchestrator.tracking.control import Remote
-from orchestrator.tracking.stores import brief
+from orchestrator.tracking.stores import OPENING, brief, open_client
 from orchestrator.tracking.ui import free_port, serve, ui_command
 from tests.services import Postgres, postgres
 from tests.unit.record_builder import save, training_record, trial_record
@@ -117,6 +118,79 @@ def test_a_database_that_restarts_gets_everything_once(
     assert logger.unlogged == ()
     assert_each_once(runs_of(database.uri, info), records)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("sessions_only", [False, True])
+def test_a_database_that_takes_connections_and_says_nothing_is_waited_for(
+    sessions_only: bool,
+    database: Postgres,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped by SIGSTOP: the system goes on taking what is sent to it."""
+    monkeypatch.setattr("orchestrator.tracking.stores.PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.databases.SILENT_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.databases.CONNECT_SECONDS", 2.0)
+    info = replace(INFO, hash=f"{sessions_only:016x}")
+    store, records = filled(tmp_path, 4)
+    logger = tracking(database.uri, store, info)
+    logger.__enter__()
+    for record in records[:2]:
+        logger.record(record)
+    assert logger.flush(timeout=60)
+    with database.silent(sessions_only=sessions_only):
+        for record in records[2:]:
+            logger.record(record)
+        if sessions_only:  # new ones are heard
+            assert logger.flush(timeout=60)
+        else:
+            with pytest.raises(TrackingError, match="does not answer: no answer within 1 s"):
+                Remote(database.uri, "tests")
+            with pytest.raises(TrackingError, match="does not answer: no answer within 1 s"):
+                tracking(database.uri, store, info).__enter__()
+            assert not logger.flush(timeout=2)
+    logger.__exit__(None, None, None)
+    assert logger.unlogged == ()
+    assert_each_once(runs_of(database.uri, info), records)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_database_that_stays_silent_is_given_up_at_the_end(
+    database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.tracking.stores.PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.databases.SILENT_SECONDS", 1.0)
+    monkeypatch.setattr("orchestrator.databases.CONNECT_SECONDS", 2.0)
+    info = replace(INFO, hash="0d0d" * 4)
+    store, records = filled(tmp_path, 2)
+    logger = tracking(database.uri, store, info, patience=2.0)
+    logger.__enter__()
+    logger.record(records[0])
+    assert logger.flush(timeout=60)
+    with database.silent():
+        for record in records[1:]:
+            logger.record(record)
+        logger.__exit__(None, None, None)
+    assert len(logger.unlogged) >= 2  # the record, and the end of the sweep's run
+    with tracking(database.uri, store, info) as again:
+        for record in records:
+            again.record(record)
+    assert again.unlogged == ()
+    assert_each_once(runs_of(database.uri, info), records)
+
+
+def test_who_waits_for_the_tables_of_a_fresh_database_does_not_wait_for_ever(
+    database: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.tracking.stores.TURN_SECONDS", 0.5)
+    engine = create_engine(database.uri)
+    with engine.connect() as other:
+        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": OPENING})
+        with pytest.raises(TrackingError, match="another process has been making its tables"):
+            open_client(database.uri)
+    engine.dispose()
+    open_client(database.uri)
 
 
 def test_a_password_is_nowhere_to_be_read(
