@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -42,17 +43,56 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+KEPT_OF_SHARE = 0.25
+
+
+@dataclass
+class _Process:
+    """What is known of this process: its share of the memory of a GPU."""
+
+    share: float = 1.0
+
+
+_process = _Process()
+
+
+def share_memory(share: float) -> None:
+    """Say which share of a GPU is this process's; others may have the rest.
+
+    It bounds what a process takes where it has the choice (`spare_memory`, `give_memory_back`), not
+    what it needs: PyTorch's own limit would fail work that fits beside the others.
+
+    Args:
+        share: in (0, 1]; whole GPUs are 1.
+    """
+    _process.share = share
+
+
+def spare_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may take where it has the choice.
+
+    What is free, as far as it is left of the process's share. One that holds more than its share
+    already may still take its share of what is free.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - used
+    return int(min(free, max(_process.share * total - used, _process.share * free)))
+
+
 def give_memory_back(keep: int = 0) -> None:
     """Return the GPU memory that nothing uses any more, so that other processes can have it.
 
     Args:
         keep: bytes below which it is kept: this process needs some again, and asking takes time.
+            At most a quarter of its share.
     """
     if not torch.cuda.is_initialized():
         return
     for device in range(torch.cuda.device_count()):
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if unused > keep:
+        total = torch.cuda.get_device_properties(device).total_memory
+        if unused > min(keep, KEPT_OF_SHARE * _process.share * total):
             torch.cuda.empty_cache()
             return
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nerf import sampling
 from nerf.cameras import Camera, Rays, view_rays
+from nerf.devices import spare_memory
 from nerf.field import Field, NerfModel, SampleCounts
 
 LAST_DISTANCE = 1e10
@@ -232,7 +233,7 @@ CPU_CHUNK = 64
 CUDA_CHUNK = 16_384
 # Activations that are there at the same time while a layer is computed, fp32, and a little more.
 LIVE_ACTIVATIONS = 4
-SHARE_OF_FREE_MEMORY = 0.3
+PART_OF_SPARE_MEMORY = 0.3
 
 
 def default_chunk(device: torch.device) -> int:
@@ -249,12 +250,10 @@ def fitting_chunk(model: NerfModel) -> int:
 
 
 def memory_chunk(device: torch.device, bytes_per_ray: int) -> int:
-    """Rays that fit a share of the memory that is free now; any number on a CPU."""
+    """Rays that fit a part of the memory that this process may take; any number on a CPU."""
     if device.type != "cuda":
         return 2**31
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + cached
-    return max(64, int(SHARE_OF_FREE_MEMORY * free) // bytes_per_ray)
+    return max(64, int(PART_OF_SPARE_MEMORY * spare_memory(device)) // bytes_per_ray)
 
 
 @torch.inference_mode()

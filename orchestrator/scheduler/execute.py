@@ -172,6 +172,7 @@ def _fit(
             nodes=nodes,
             exchange=exchange,
             dispatcher=dispatcher,
+            gpus={kind: request.get("GPU", 1.0) for kind, request in wanted.items()},
             bench=bench,
         ),
         lambda config: tune.PlacementGroupFactory([wanted[config["kind"]]]),

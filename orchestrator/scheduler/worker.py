@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from nerf.devices import give_memory_back
+from nerf.devices import give_memory_back, share_memory
 from orchestrator.log import logger
 from orchestrator.plan import Calibration, Training
 from orchestrator.provenance import Origin
@@ -55,10 +55,12 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         nodes: Mapping[Item, Node],
         exchange: Exchange,
         dispatcher: Dispatcher,
+        gpus: Mapping[str, float],
         bench: BenchMaker = Workbench,
     ) -> None:
         """Open the workbench; it stays open for every later trial of this actor."""
         self._nodes = nodes
+        self._gpus = gpus
         self._dispatcher = dispatcher
         here = relocated(sweep, store.root)
         self._bench = bench(here, store, origin, exchange.find, exchange.publish)
@@ -70,6 +72,7 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
+        share_memory(min(self._gpus[config["kind"]], 1.0))
         if config["kind"] == LANE:
             self._work = self._lane(config["key"])
         else:

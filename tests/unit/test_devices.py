@@ -1,10 +1,22 @@
 """Devices that are not there, and arithmetic that leaves no trace."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from nerf.devices import PRECISIONS, arithmetic, describe_device, resolve_device
+from nerf.devices import (
+    PRECISIONS,
+    arithmetic,
+    describe_device,
+    give_memory_back,
+    resolve_device,
+    share_memory,
+    spare_memory,
+)
 from nerf.errors import DeviceError
+from nerf.rendering import memory_chunk
 
 CPU = torch.device("cpu")
 
@@ -93,3 +105,72 @@ def test_an_unknown_precision_is_refused(unchecked_types):
         arithmetic("float16", CPU),
     ):
         pass
+
+
+# --- a part of a GPU ---------------------------------------------------------------------------
+
+GB = 10**9
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A GPU of 100 GB in the words of PyTorch: what the driver says is free, and what is ours."""
+    state = SimpleNamespace(free=100 * GB, reserved=0, allocated=0, emptied=0)
+
+    def empty() -> None:
+        state.emptied += 1
+        state.free += state.reserved - state.allocated
+        state.reserved = state.allocated
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (state.free, 100 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: state.reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: state.allocated)
+    properties = SimpleNamespace(total_memory=100 * GB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    yield state
+    share_memory(1.0)
+
+
+def test_a_whole_gpu_is_taken_as_far_as_it_is_free(gpu):
+    assert spare_memory(CUDA) == 100 * GB
+    gpu.free, gpu.reserved, gpu.allocated = 60 * GB, 30 * GB, 10 * GB
+    assert spare_memory(CUDA) == 80 * GB  # what this process keeps for later is its own
+    assert memory_chunk(CUDA, 1000) == 24_000_000
+
+
+def test_of_a_part_no_more_is_taken_by_choice_than_is_left_of_it(gpu):
+    share_memory(0.25)
+    assert spare_memory(CUDA) == 25 * GB
+    gpu.free, gpu.reserved, gpu.allocated = 60 * GB, 12 * GB, 10 * GB
+    assert spare_memory(CUDA) == 15.5 * GB  # a quarter of the 62 GB that are free
+    gpu.free, gpu.allocated = 30 * GB, 5 * GB
+    assert spare_memory(CUDA) == 20 * GB  # the rest of its own quarter
+    gpu.free, gpu.reserved = 4 * GB, 5 * GB
+    assert spare_memory(CUDA) == 4 * GB  # others hold more than their part
+    gpu.free, gpu.allocated = 8 * GB, 40 * GB
+    gpu.reserved = gpu.allocated
+    assert spare_memory(CUDA) == 2 * GB  # more than its part is held, and work still goes on
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 10])
+def test_workers_that_choose_at_the_same_moment_do_not_take_more_than_there_is(gpu, parts):
+    share_memory(1 / parts)
+    chosen = [memory_chunk(CUDA, 1000) * 1000 for _ in range(parts)]
+    assert sum(chosen) <= 0.3 * 100 * GB
+    assert memory_chunk(CUDA, 1000) * 1000 == int(0.3 * 100 * GB / parts) // 1000 * 1000
+
+
+@pytest.mark.parametrize(("share", "unused", "emptied"), [
+    (1.0, 3, 0), (1.0, 5, 1), (0.25, 5, 1), (0.1, 3, 1), (0.1, 2, 0),
+])  # fmt: skip
+def test_a_worker_keeps_little_of_a_small_part(gpu, share, unused, emptied):
+    share_memory(share)
+    gpu.allocated, gpu.reserved = GB, GB + unused * GB
+    give_memory_back(4 * GB)
+    assert gpu.emptied == emptied
+    give_memory_back()
+    assert gpu.reserved == gpu.allocated

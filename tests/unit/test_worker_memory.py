@@ -46,3 +46,15 @@ def test_a_stage_without_memory_is_tried_once_more(
     else:
         assert ended["failure"]["stage"] == "prune"
         assert "out of GPU memory" in ended["failure"]["reason"]
+
+
+@pytest.mark.parametrize(("kind", "share"), [("lane", 0.25), ("train", 1.0)])
+def test_a_worker_knows_its_part_of_a_gpu(
+    kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(worker, "share_memory", told.append)
+    made, _ = worker_whose_memory_is_taken(0)
+    made._gpus = {"lane": 0.25, "train": 2.0}
+    made._begin({"kind": kind, "key": "t0"})
+    assert told == [share]
