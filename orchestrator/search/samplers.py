@@ -40,8 +40,7 @@ SPREAD = 64
 DRAWS = 32
 NEAR = 256
 STARTS = 4
-LOCAL = 10  # local searches: the starts, points of the front, the best of `SPREAD`
-TOLERANCE = 1e-4  # of the gradient (its square) where they end
+TOLERANCE = 0.01  # where local searches end, as the square of a gradient; Optuna has 1e-4
 # Steps from a point of the front are normal, of a width between these, log-uniform.
 NARROWEST, WIDEST = 0.01, 0.3
 
@@ -70,7 +69,6 @@ class FrontSampler(GPSampler):
         )
         self._whole_space = self._n_preliminary_samples
         self._n_qmc_samples_ehvi = DRAWS
-        self._n_local_search = LOCAL
         self._tol = TOLERANCE
         self._front: Points | None = None
         self._learnt: _Learnt | None = None

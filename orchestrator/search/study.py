@@ -48,7 +48,7 @@ SPENT = "seconds"
 # A Gaussian process sees at most so many trials, those on the front and others from the whole of
 # the study: its cost grows with their cube. The newest in their place lie near the front; where the
 # bad ones are, it then forgets, and proposes them again.
-GP_TRIALS = 256
+GP_TRIALS = 384
 ATTEMPTS = 3
 NUDGE = 0.05
 
