@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, SweepError
-from orchestrator.units import parse_bytes
+from orchestrator.units import parse_bytes, show_bytes
 
 SWEEP_FILES = (".yaml", ".yml")
 
@@ -178,7 +178,9 @@ def view(options: argparse.Namespace) -> int:
     samples = SampleCounts(*options.samples) if options.samples else None
     others = [load_model(path, samples)[0].to(first.device) for path in options.checkpoints[1:]]
     names = [
-        path.parent.name if path.stem == "model" else path.stem for path in options.checkpoints
+        f"{path.parent.name if path.stem == 'model' else path.stem}, "
+        f"{show_bytes(path.stat().st_size)}"
+        for path in options.checkpoints
     ]
     viewer = Viewer(names, [first, *others], scene, options.precision, options.port)
     print(f"{viewer.address}  (Ctrl-C ends it)", flush=True)

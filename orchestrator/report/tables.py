@@ -160,7 +160,7 @@ def megabytes(size: float | None) -> str:
 
 def percent(ratio: Any) -> str:
     """A ratio in percent."""
-    return f"{100 * ratio:g} %" if isinstance(ratio, int | float) else ABSENT
+    return f"{100 * ratio:.4g} %" if isinstance(ratio, int | float) else ABSENT
 
 
 def fixed(value: float | None, digits: int) -> str:

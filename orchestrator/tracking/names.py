@@ -205,7 +205,7 @@ def run_name(kind: str, key: str, config: Mapping[str, Any]) -> str:
         kind if kind == "training" else None,
         method_of(config),
         config.get("networks"),
-        f"{100 * ratio:g}%" if isinstance(ratio, int | float) else None,
+        f"{100 * ratio:.4g}%" if isinstance(ratio, int | float) else None,
         show_bytes(size) if isinstance(size, int) else None,
         config.get("schedule"),
         key[:8],
