@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from orchestrator.spec import load_cluster
+from tests.services import KEYS
 
 TREE = Path(__file__).parents[2]
 INFRA = TREE / "infra"
@@ -78,6 +79,41 @@ def test_gpu_workers_are_spot_and_come_from_zero_under_an_on_demand_head(path: s
 
     assert is_spot(gpu["node_config"])
     assert not is_spot(head["node_config"])
+
+
+def test_ray_makes_the_nodes_that_the_aws_file_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of what `ray up` asks of AWS before it has a machine, of moto's AWS."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    (tmp_path / ".ssh").mkdir()
+    for name, value in {
+        **KEYS, "HOME": str(tmp_path), "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # Ray waits for AWS to make up its mind
+    with mock_aws():
+        config = AWSNodeProvider.fillout_available_node_types_resources(
+            prepare_config(read("infra/aws.yaml"))
+        )
+        kinds = config["available_node_types"]
+        assert kinds["gpu"]["resources"].items() >= {"CPU": 16, "GPU": 1}.items()
+        assert kinds["head"]["resources"]["CPU"] == 0
+        config = bootstrap_aws(config)
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for kind, role in (("head", "head"), ("gpu", "worker")):
+            tags = {"ray-node-type": role, "ray-user-node-type": kind, "ray-launch-config": "0"}
+            provider.create_node(config["available_node_types"][kind]["node_config"], tags, 1)
+        found = boto3.client("ec2", config["provider"]["region"]).describe_instances()
+        head, gpu = (i for r in found["Reservations"] for i in r["Instances"])
+    assert (head["InstanceType"], gpu["InstanceType"]) == ("m7i.xlarge", "g6.4xlarge")
+    assert (head.get("InstanceLifecycle"), gpu.get("InstanceLifecycle")) == (None, "spot")
+    assert head["SecurityGroups"] == gpu["SecurityGroups"] != []
 
 
 def test_the_same_packages_are_mounted_wherever_code_is() -> None:
@@ -216,8 +252,9 @@ def schema_file(name: str) -> Path:
     if not folder:
         pytest.skip(
             "PRUNEFIELD_SCHEMAS is not set: it must name a folder with ray.io_rayclusters.yaml and "
-            "ray.io_rayjobs.yaml of KubeRay (helm-chart/kuberay-operator/crds) and "
-            "compose-spec.json of compose-spec (schema)"
+            "ray.io_rayjobs.yaml of KubeRay (helm-chart/kuberay-operator/crds), compose-spec.json "
+            "of compose-spec (schema) and compute.v1.json of google-api-python-client "
+            "(googleapiclient/discovery_cache/documents)"
         )
     return Path(folder) / name
 
@@ -233,6 +270,35 @@ def test_kuberay_takes_the_resources_by_its_own_definitions(kind: str) -> None:
     data["spec"]["rayVersio"] = "2"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(data, whole)
+
+
+def as_json_schema(part: Any) -> Any:
+    """Google's description of an interface as JSON Schema, unknown keys as mistakes."""
+    if isinstance(part, list):
+        return [as_json_schema(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return {"$ref": f"#/definitions/{part['$ref']}"}
+    kept = {key: as_json_schema(value) for key, value in part.items() if key != "id"}
+    if kept.get("format") == "int64":  # as a string, since JSON's numbers are not exact enough
+        kept["type"] = ["string", "integer"]
+    elif kept.get("type") == "any":
+        del kept["type"]
+    if "properties" in kept:
+        kept.setdefault("additionalProperties", False)
+    other = {"required", "format", "minimum", "maximum"}  # not as JSON Schema has them
+    return {key: value for key, value in kept.items() if key not in other}
+
+
+def test_google_cloud_takes_the_machines_by_its_own_description() -> None:
+    schemas = json.loads(schema_file("compute.v1.json").read_text())["schemas"]
+    definitions = {name: as_json_schema(schema) for name, schema in schemas.items()}
+    schema = {"$ref": "#/definitions/Instance", "definitions": definitions}
+    for kind in read("infra/gcp.yaml")["available_node_types"].values():
+        jsonschema.validate(kind["node_config"], schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(kind["node_config"] | {"machinType": "n2"}, schema)
 
 
 def test_compose_takes_the_stack_by_its_own_schema() -> None:
@@ -341,9 +407,12 @@ def test_the_image_copies_what_is_there_and_asks_for_extras_that_exist() -> None
     known = {"FROM", "RUN", "WORKDIR", "COPY", "ARG", "ENV", "USER", "CMD"}
     assert {step[0] for step in steps} <= known
     assert steps[0][0] == "FROM"
+    sent = set((TREE / ".dockerignore").read_text().splitlines())
+    assert "*" in sent  # nothing but what is named: no data, no results, no environment
     for step in steps:
         if step[0] == "COPY":
             assert all((TREE / source).exists() for source in step[1:-1]), step
+            assert {f"!{source}" for source in step[1:-1]} <= sent, step
     extras = re.search(r'"\.\[([\w,]+)\]"', text)
     assert extras is not None
     import tomllib
