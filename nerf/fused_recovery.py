@@ -29,7 +29,7 @@ from nerf.kernels import rounded, volume
 from nerf.kernels.mlp import FusedField
 from nerf.muon import MOMENTUM, for_muon, orthogonalized, step_factor
 from nerf.pool import RayPool
-from nerf.recipe import SHARED_COARSE, RecoveryRecipe, Squeeze
+from nerf.recipe import MOST_EXCESS, PRICE_GAIN, SHARED_COARSE, RecoveryRecipe, Squeeze
 from nerf.rendering import RenderSettings
 from nerf.rounding import RoundedLayer, levels, parse_scheme
 from nerf.sampling import strata
@@ -312,8 +312,8 @@ class FusedRecovery:
             rounded.price_codes[(1,)](
                 self._counter, self._code_sums, self._sizes, self._limits, self._price,
                 self._costs, self._sums[2:], self._layers, self._squeeze.first_iteration,
-                self._squeeze.falling, self._squeeze.rate, PADDED=power_of_two(self._layers),
-                num_warps=1,
+                self._squeeze.falling, self._squeeze.rate, PRICE_GAIN, MOST_EXCESS,
+                PADDED=power_of_two(self._layers), num_warps=1,
             )  # fmt: skip
         self._gradients()
         rounded.row_gradients[(self._rows,)](

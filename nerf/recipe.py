@@ -79,8 +79,12 @@ INVENTED_SHARE = 0.5
 """Share of an iteration's rays that are invented, where a teacher says what they look like."""
 SQUEEZED_BY = 0.6
 """The part of the rounded iterations after which codes are to take no more bits than allowed."""
-PRICE_RATE = 60.0
+PRICE_RATE = 300.0
 """How fast the price follows the excess: by so much over all rounded iterations together."""
+PRICE_GAIN = 50.0
+"""How much of the excess the price answers at once."""
+MOST_EXCESS = 0.1
+"""No more than this is answered, up or down."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,14 @@ from nerf.graphs import StepGraph
 from nerf.invented import InventedRays
 from nerf.metrics import psnr
 from nerf.muon import Muon, for_muon
-from nerf.recipe import SHARED_COARSE, RecoveryRecipe, Source, Squeeze
+from nerf.recipe import (
+    MOST_EXCESS,
+    PRICE_GAIN,
+    SHARED_COARSE,
+    RecoveryRecipe,
+    Source,
+    Squeeze,
+)
 from nerf.rendering import LAST_DISTANCE, Pass, RenderSettings, composite
 from nerf.rounding import RoundedLayer, coded_bits, round_network
 from nerf.scenes.scene import Scene
@@ -304,10 +311,11 @@ class Recovery:
     def squeeze(self, bits: float) -> None:
         """From now on, train the codes towards so many bits in the file.
 
-        Bits get a price beside the error: the loss grows by λ max(R / R_a − 1, 0), R the bits that
-        the codes take and R_a those allowed now, which fall evenly (by their logarithm) from what
-        they are to `bits` over the first `SQUEEZED_BY` of the rounded iterations. λ follows:
-        λ ← λ exp(60 / n (R / R_a − 1)) each step, n the number of rounded iterations.
+        Bits get a price beside the error: the loss grows by λ e^{50 x} R / R_a with the excess
+        x = R / R_a − 1, at most ±0.1; R the bits that the codes take and R_a those allowed now,
+        which fall evenly (by their logarithm) from what they are to `bits` over the first
+        `SQUEEZED_BY` of the rounded iterations, or stay `bits` where codes take less. λ follows:
+        λ ← λ e^{300 x / n} each step, n the number of rounded iterations.
 
         Source: the trade of rate for distortion by a multiplier is Everett's (1963); a penalty on
         the codes' entropy in training, Ballé et al. 2017, eq. 3.
@@ -326,7 +334,7 @@ class Recovery:
 
     def _bits_allowed(self) -> float:
         assert self._bits is not None
-        first, last = self._bits
+        first, last = max(self._bits), self._bits[1]
         return float(first * (last / first) ** Squeeze.of(self.recipe).share(self.iteration))
 
     # --- a step ----------------------------------------------------------------------------
@@ -384,8 +392,9 @@ class Recovery:
         if self._teacher is not None:
             loss = loss + self._taught(rays, coarse, t_coarse, fine, t_fine)
         if self._bits is not None:
-            excess = self._coded_bits() / self._allowed - 1.0
-            loss = loss + self._price * torch.relu(excess)
+            share = self._coded_bits() / self._allowed
+            excess = (share.detach() - 1.0).clamp(-MOST_EXCESS, MOST_EXCESS)
+            loss = loss + self._price * (PRICE_GAIN * excess).exp() * share
         for _, parameter in self._parameters:
             parameter.grad = None
         loss.backward()
@@ -395,7 +404,7 @@ class Recovery:
         if self._bits is not None:
             with torch.no_grad():
                 rate = Squeeze.of(self.recipe).rate
-                self._price.mul_((rate * excess.detach().clamp(-0.1, 0.5)).exp())
+                self._price.mul_((rate * excess).exp())
         return mse.detach(), loss.detach()
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:

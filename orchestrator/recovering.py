@@ -166,9 +166,7 @@ def recover_pruned(
             bits if number == last else "fp32",
             ground.running / f"state-{number}.safetensors",
             ground,
-            partial(_squeeze, size=config.size, bits=bits, info=info)
-            if number == last and (recover.squeeze > 1 or bits == RATE) and config.size is not None
-            else None,
+            _keeper(config.size, bits, info) if number == last else None,
             few,
         )
         model = recovery.student
@@ -313,6 +311,7 @@ def train_control(
         bits,
         ground.running / "state-0.safetensors",
         ground,
+        _keeper(config.size, bits, info),
     )
     return _written(path, recovery, config.size, bits, info, {}, recovery.seconds)
 
@@ -418,6 +417,19 @@ def _trained(
         ground.saved()
         recovery.release()
     return recovery
+
+
+def _keeper(
+    size: int | None, bits: Bits, info: Mapping[str, Any]
+) -> Callable[[Recovery], None] | None:
+    """What holds the codes to the size of a file while they are trained; None if nothing has to.
+
+    Without it they spread, and a file that was small enough at first is too large in the end.
+    """
+    schemes = {bits} if isinstance(bits, str) else {s for of in bits.values() for s in of.values()}
+    if size is None or not all(scheme == RATE or scheme.startswith("int") for scheme in schemes):
+        return None
+    return partial(_squeeze, size=size, bits=bits, info=info)
 
 
 def _squeeze(recovery: Recovery, size: int, bits: Bits, info: Mapping[str, Any]) -> None:

@@ -180,10 +180,10 @@ def update_rows(
     tl.store(rounded + bias_at, bias)
 
 
-@triton.jit(do_not_specialize=["layers", "first_iteration", "falling", "rate"])
+@triton.jit(do_not_specialize=["layers", "first_iteration", "falling", "rate", "gain", "most"])
 def price_codes(
     counter, code_sums, sizes, limits, price, costs, sums,
-    layers, first_iteration, falling, rate, PADDED: tl.constexpr,
+    layers, first_iteration, falling, rate, gain, most, PADDED: tl.constexpr,
 ):  # fmt: skip
     """What one more multiple costs in each layer; one program. See `nerf.recovery.squeeze`.
 
@@ -197,11 +197,13 @@ def price_codes(
         limits: (2,) fp32, bits at first and in the end.
         price: (1,) fp32, λ, updated.
         costs: (layers,) fp32, written: c.
-        sums: (1,) fp32, λ max(R / R_a − 1, 0) is added.
+        sums: (1,) fp32, what the bits cost is added.
         layers: how many.
         first_iteration: at which the bits allowed begin to fall.
         falling: in how many iterations.
         rate: how fast the price follows.
+        gain: how much of the excess it answers at once.
+        most: no more of the excess is answered, up or down.
         PADDED: a power of two, at least `layers`.
     """
     layer = tl.arange(0, PADDED)
@@ -215,12 +217,14 @@ def price_codes(
     bits = tl.sum(size * (tl.log2((1.0 + theta) / (1.0 - theta)) + m * slope), 0)
     begun = (tl.load(counter) - first_iteration).to(tl.float32) / falling
     share = tl.minimum(begun, 1.0)
-    at_first, in_the_end = tl.load(limits), tl.load(limits + 1)
+    in_the_end = tl.load(limits + 1)
+    at_first = tl.maximum(tl.load(limits), in_the_end)
     allowed = at_first * tl.exp(share * tl.log(in_the_end / at_first))
-    excess = bits / allowed - 1.0
-    now = tl.load(price)
-    cost = tl.where(excess > 0, now / allowed, 0.0)
-    tl.store(costs + layer, tl.where(found >= SMALLEST_MEAN, cost * slope, 0.0), mask=exists)
-    tl.store(sums, tl.load(sums) + now * tl.maximum(excess, 0.0))
-    tl.store(price, now * tl.exp(rate * tl.minimum(tl.maximum(excess, -0.1), 0.5)))
+    excess = tl.minimum(tl.maximum(bits / allowed - 1.0, -most), most)
+    slow = tl.load(price)
+    now = slow * tl.exp(gain * excess)
+    cost = tl.where(found >= SMALLEST_MEAN, now / allowed * slope, 0.0)
+    tl.store(costs + layer, cost, mask=exists)
+    tl.store(sums, tl.load(sums) + now * bits / allowed)
+    tl.store(price, slow * tl.exp(rate * excess))
     tl.store(code_sums + layer, tl.zeros((PADDED,), tl.float32), mask=exists)

@@ -428,3 +428,19 @@ def test_noises_fan_out(scene_folder: Path, store: Store) -> None:
     grid = {**SMALL, "recover": {**RECOVER, "density_noise": [0, 1], "controls": []}}
     plan = make_plan(swept(scene_folder, grid), store)
     assert [t.config.recover and t.config.recover.density_noise for t in plan.trials] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "bits", "kept"),
+    [
+        (9_000, "int6", True),
+        (9_000, "rate", True),
+        (9_000, {"fine": {"a": "int4", "b": "int7"}}, True),
+        (9_000, {"fine": {"a": "int4", "b": "fp16"}}, False),
+        (9_000, "kmeans4", False),
+        (9_000, "fp32", False),
+        (None, "int6", False),
+    ],
+)
+def test_codes_on_symmetric_grids_are_held_to_the_size_of_a_file(size, bits, kept) -> None:
+    assert (recovering._keeper(size, bits, {}) is not None) == kept
