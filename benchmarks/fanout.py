@@ -211,6 +211,8 @@ def alone(options: argparse.Namespace, seed: int) -> dict[str, float]:
     ratios = ratios_of(max(2, options.sample // len(CRITERIA)), (seed % 997) / 997)
     sweep, store = open_sweep(sweep_of(options, f"fanout-alone-{seed}", ratios, seed))
     plan = make_plan(sweep, store)
+    # As many threads as a worker has: small matrices on all cores of a large host take longer.
+    torch.set_num_threads(max(1, int(sweep.resources.prune.cpus)))
     bench = Workbench(sweep, store, Origin.here())
     watch = Stopwatch()
     calibrations = sum(busy(lambda c=c: bench.calibrate(c, watch)) for c in plan.calibrations)
