@@ -29,6 +29,7 @@ from benchmarks.chaos.sweeps import (
     write,
 )
 from orchestrator.store import Store
+from orchestrator.store.objects import READ_SECONDS
 from orchestrator.tracking.ui import free_port, serve
 from tests.services import KEYS, Postgres, make_bucket, postgres_tools, s3_server
 
@@ -220,10 +221,15 @@ def postgres_silent_for_good(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 class Way:
-    """The way to a server on this machine: a port whose connections can be cut."""
+    """The way to a server on this machine: a port whose connections can be cut, or fall silent.
+
+    Attributes:
+        silent: while it is set, connections are taken and nothing comes through.
+    """
 
     def __init__(self, port: int) -> None:
         self._to = port
+        self.silent = threading.Event()
         self.port = free_port()
         self._listening: socket.socket | None = None
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
@@ -260,6 +266,8 @@ class Way:
         with suppress(OSError), near, far:
             while True:
                 for end in select.select(pair, (), ())[0]:
+                    while self.silent.is_set():
+                        time.sleep(0.05)
                     data = end.recv(1 << 16)
                     if not data:
                         self._pairs.discard(pair)
@@ -269,14 +277,17 @@ class Way:
 
 
 def bucket_away(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """The bucket that holds the results cannot be reached for a while; then `run` again."""
+    """The bucket that holds the results cannot be reached for a while; then `run` again.
+
+    Or it takes connections and says nothing, for longer than a request waits for an answer.
+    """
     wanted, *_ = undisturbed()
     port = free_port()
     with s3_server(port) as direct:
         os.environ.update(KEYS | {"AWS_ENDPOINT_URL": direct})
         make_bucket(direct, "sweeps")
-        for stage in ("training", "pruning"):
-            way, name = Way(port), f"bucket-{stage}"
+        for stage, fault in (("training", "cut"), ("pruning", "cut"), ("pruning", "silent")):
+            way, name = Way(port), f"bucket-{stage}-{fault}"
             log, database = folder / f"{name}.log", sqlite(folder).replace("mlflow", name)
             storage, tracking = f"s3://sweeps/{name}", {"uri": database}
             path = write(folder, name, storage=storage, tracking=tracking)
@@ -289,9 +300,14 @@ def bucket_away(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
             driver = start(path, log, there)
             watched = "running" if stage == "training" else "trials"
             seconds_until(driver, lambda w=watched, s=store: bool(s._backend.names(w)))
-            way.cut()
-            time.sleep(seconds)
-            way.open()
+            if fault == "cut":
+                way.cut()
+                time.sleep(seconds)
+                way.open()
+            else:
+                way.silent.set()
+                time.sleep(seconds + READ_SECONDS)
+                way.silent.clear()
             status = driver.wait(600)
             text, before = said(log), len(store.keys("trial"))
             demand(status in (0, 1), f"it ended with {status}: see {log}")
@@ -318,7 +334,9 @@ def bucket_away(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
                 store.verified_file("trial", key, "model.safetensors")
             demand_logged(wanted, database)
             demand(not store._backend.names("failures"), "there are failures")
-            yield {"away_in": stage, "away_s": seconds, "trials_then": before, "starts": starts}
+            away = seconds + READ_SECONDS * (fault == "silent")
+            yield {"fault": fault, "away_in": stage, "away_s": away, "trials_then": before,
+                   "starts": starts}  # fmt: skip
             way.cut()
 
 

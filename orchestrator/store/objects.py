@@ -93,11 +93,12 @@ class ObjectBackend:
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
         """Errors of the server and of the way to it as ours."""
+        from boto3.exceptions import Boto3Error  # noqa: PLC0415
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
         try:
             yield
-        except (BotoCoreError, ClientError) as error:
+        except (Boto3Error, BotoCoreError, ClientError) as error:
             raise StoreError(
                 f"cannot {what} the storage {self.where}: {error}; check the bucket, "
                 "AWS_ENDPOINT_URL and the credentials in the environment, then run again"

@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +129,34 @@ def test_an_entry_that_ends_in_an_error_is_absent(
         fail()
     assert elsewhere().keys("trial") == set()
     assert not elsewhere().has("trial", record.key)
+
+
+def test_a_place_that_refuses_is_named_and_holds_nothing_half(
+    elsewhere: Callable[[], Store], record: Record
+) -> None:
+    """The folder of trials is a file; the bucket is no more."""
+    store = elsewhere()
+    store.prepare()
+    on_disk = store.address == str(store.root)
+    if on_disk:
+        shutil.rmtree(store.root / "trials", ignore_errors=True)
+        (store.root / "trials").write_text("in the way")
+    else:
+        backend: Any = store._backend
+        for entry in backend._s3.list_objects_v2(Bucket=backend._bucket).get("Contents", ()):
+            backend._s3.delete_object(Bucket=backend._bucket, Key=entry["Key"])
+        backend._s3.delete_bucket(Bucket=backend._bucket)
+    with pytest.raises((StoreError, OSError)) as caught:
+        put(store, record)
+    assert store.address in str(caught.value)
+    if on_disk:
+        (store.root / "trials").unlink()
+        (store.root / "trials").mkdir()
+    else:
+        backend._s3.create_bucket(Bucket=backend._bucket)
+    assert not elsewhere().has("trial", record.key)
+    put(store, record)
+    assert elsewhere().verified_file("trial", record.key, MODEL).read_text() == "weights"
 
 
 def test_of_two_writers_the_first_to_finish_stays(

@@ -1,15 +1,18 @@
 """Whole sweeps on a real local Ray, with real MLflow on SQLite."""
 
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.cli import main
 from orchestrator.plan import make_plan
+from orchestrator.progress import Progress
 from orchestrator.spec import load
 from orchestrator.store import Store
 from orchestrator.sweep import open_sweep, run
@@ -32,11 +35,38 @@ def mlflow_runs(store: Path) -> list:
     return list(client.search_runs([experiment.experiment_id]))
 
 
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Where the processes of a sweep listen while work is under way, by their names."""
+    found: dict[str, set[str]] = {}
+
+    def look(self: Progress, nodes: int) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                addresses = {
+                    connection.laddr.ip.removeprefix("::ffff:")
+                    for connection in process.net_connections("inet")
+                    if connection.status == psutil.CONN_LISTEN
+                }
+                found.setdefault(process.name(), set()).update(addresses)
+        return told(self, nodes)
+
+    told = Progress.running
+    monkeypatch.setattr(Progress, "running", look)
+    return found
+
+
 def test_a_sweep_runs_from_the_file_to_the_report(
-    write_sweep: WriteSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_sweep: WriteSweep,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    listening: dict[str, set[str]],
 ) -> None:
     path, out, environment = write_sweep(), tmp_path / "out", dict(os.environ)
     assert main(["run", str(path)]) == 0
+    # This machine alone can reach what a sweep starts on it.
+    assert {"gcs_server", "raylet"} <= {name for name, where in listening.items() if where}
+    assert set().union(*listening.values()) <= {"127.0.0.1", "::1"}
     printed = capsys.readouterr().out
     # It leaves no trace; Ray keeps a few variables of its own for the life of a process.
     assert not {name for name in environment if os.environ.get(name) != environment[name]}

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -382,6 +383,30 @@ def test_what_cannot_be_logged_is_said_and_logged_the_next_time(
     with tracking(store) as logger:
         logger.record(records[1])
     assert Seen(store).one(records[1].key).info.status == "FINISHED"
+
+
+def test_files_that_are_refused_cost_no_run_and_are_logged_the_next_time(
+    store: Store, records: tuple[Record, Record, Record]
+) -> None:
+    """The folder for artifacts is a file, for a while."""
+    folder, aside = store.root / "mlartifacts", store.root / "aside"
+    with tracking(store) as logger:
+        folder.rename(aside)
+        folder.write_text("in the way")
+        logger.record(records[1])
+        logger.record(records[2])  # failed: it has no files
+    assert [what.partition(":")[0] for what in logger.unlogged] == [f"trial {records[1].key}"]
+    seen = Seen(store)
+    assert {run.info.status for run in seen.of("sweep")} == {"FINISHED"}
+    assert seen.one(records[1].key).info.status == "KILLED"
+    assert seen.one(records[2].key).info.status == "FAILED"
+    folder.unlink()
+    aside.rename(folder)
+    with tracking(store) as logger:
+        for record in records:
+            logger.record(record)
+    assert logger.unlogged == ()
+    assert Counter(run.info.status for run in Seen(store).runs) == {"FINISHED": 3, "FAILED": 1}
 
 
 def test_an_outage_at_the_end_is_waited_for_as_long_as_patience_lasts(
