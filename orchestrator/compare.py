@@ -24,6 +24,7 @@ METRICS = (
     ("psnr", "dB", 3),
     ("mse", "", 6),
     ("ssim", "", 4),
+    ("validation_psnr", "dB", 3),
     ("render_seconds", "s", 3),
     ("flops_per_ray", "FLOPs a ray", 0),
     ("params", "parameters", 0),
@@ -148,12 +149,14 @@ class TrialComparison:
         """Which is better, and by how much."""
         values = {name: (a, b) for name, _, _, a, b in self.metrics}
         first, second = self.names
-        if "psnr" not in values or "size_bytes" not in values:
+        quality = "psnr" if "psnr" in values else "validation_psnr"
+        if quality not in values or "size_bytes" not in values:
             return f"{first} and {second} lack a size or a PSNR to compare."
-        loss = values["psnr"][1] - values["psnr"][0]
+        loss = values[quality][1] - values[quality][0]
+        where = "" if quality == "psnr" else " on the validation rays (one has no held-out views)"
         sizes = values["size_bytes"]
         text = (
-            f"{second} is {loss:+.3f} dB and {sizes[1] - sizes[0]:+,.0f} bytes "
+            f"{second} is {loss:+.3f} dB{where} and {sizes[1] - sizes[0]:+,.0f} bytes "
             f"({sizes[1] / sizes[0] - 1:+.1%}) of {first}"
         )
         if self.dominates:
@@ -227,6 +230,8 @@ def compare_sweeps(
 def compare_trials(first: Record, second: Record) -> TrialComparison:
     """Compare two records, trials or dense models."""
     both = [pareto.points([record]) for record in (first, second)]
+    if not all(both):
+        both = [pareto.points([record], "validation") for record in (first, second)]
     better = None
     if all(both):
         a, b = both[0][0], both[1][0]
@@ -303,7 +308,9 @@ def _within(front: Sequence[Point], size: float) -> float:
 def _names(first: ReportData, second: ReportData) -> tuple[str, str]:
     if first.name != second.name:
         return first.name, second.name
-    return f"{first.name} {first.hash[:8]}", f"{second.name} {second.hash[:8]}"
+    if first.hash != second.hash:
+        return f"{first.name} {first.hash[:8]}", f"{second.name} {second.hash[:8]}"
+    return f"{first.name} (first)", f"{second.name} (second)"  # of two storages
 
 
 def _changes(changes: Mapping[str, Change], names: tuple[str, str]) -> list[str]:

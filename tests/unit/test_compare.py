@@ -75,6 +75,8 @@ def test_sweeps_are_told_apart_and_the_better_is_named() -> None:
     same = compare_sweeps(sweep(*MODELS), replace(sweep(*MODELS), hash="cd34" * 4))
     assert "same quality at equal size" in same.sentence
     assert same.names == ("picked ab12ab12", "picked cd34cd34")
+    alike = compare_sweeps(sweep(*MODELS), sweep(*MODELS))
+    assert alike.names == ("picked (first)", "picked (second)")
 
 
 def test_fronts_without_a_common_size_are_not_ranked() -> None:
@@ -92,6 +94,20 @@ def test_trials_are_compared_in_every_metric_that_both_have() -> None:
     assert psnr[3:] == (first.metrics["psnr"], second.metrics["psnr"])
     assert compare_trials(trial_record(dense, 0.3), trial_record(dense, 0.5)).dominates is None
     assert "lack" in compare_trials(first, replace(second, metrics={})).sentence
+
+
+def test_what_only_one_has_of_held_out_views_is_compared_on_validation_rays() -> None:
+    data = sweep((200_000, 23.0), (300_000, 24.0))
+    one, other = (
+        replace(t, metrics={**t.metrics, "validation_psnr": psnr, "validation_mse": 10**-psnr})
+        for t, psnr in zip(data.trials, (2.5, 2.25), strict=True)
+    )
+    unseen = {name: v for name, v in other.metrics.items() if name not in ("psnr", "mse")}
+    found = compare_trials(one, replace(other, metrics=unseen))
+    assert found.dominates == one.key
+    assert "-0.250 dB on the validation rays" in found.sentence
+    assert "validation_psnr" in found.to_json()["metrics"]
+    assert "lack a size" in compare_trials(data.trials[0], replace(other, metrics=unseen)).sentence
 
 
 def test_differences_name_the_place() -> None:
