@@ -5,6 +5,7 @@ Source: Mildenhall et al. 2020, figure 7. One `Field` is one network; a `NerfMod
 is free, so a physically pruned network is the same class with smaller numbers.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812  PyTorch itself writes it so
 from nerf.encoding import encode, encoded_width
 
 NETWORKS = ("coarse", "fine")
+ALIGNED = 128  # numbers: 512 bytes, as PyTorch aligns what it allocates on a GPU
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,26 @@ class NerfModel:
         self.coarse.to(device)
         self.fine.to(device)
         return self
+
+    def copied_to(self, device: str | torch.device) -> "NerfModel":
+        """A copy on another device, whose weights go there in one piece.
+
+        On a GPU that others use too, each piece waits for its turn.
+        """
+        copy = deepcopy(self)
+        networks = copy.stored().values()
+        weights = [w.detach().flatten() for network in networks for w in network.parameters()]
+        # As aligned as tensors of their own would be.
+        sizes = [-(-len(w) // ALIGNED) * ALIGNED for w in weights]
+        whole = torch.cat([F.pad(w, (0, n - len(w))) for w, n in zip(weights, sizes, strict=True)])
+        parts = iter(whole.to(device).split(sizes))
+        for network in networks:
+            there = {
+                name: next(parts)[: w.numel()].view(w.shape)
+                for name, w in network.named_parameters()
+            }
+            network.load_state_dict(there, assign=True)
+        return copy
 
     @property
     def device(self) -> torch.device:

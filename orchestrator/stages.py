@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -182,7 +181,7 @@ class Workbench:
         if self.device.type == "cpu":
             return self.model(training)
         if self._host is None or self._host[0] != training:
-            self._host = (training, deepcopy(self.model(training)).to(torch.device("cpu")))
+            self._host = (training, self.model(training).copied_to("cpu"))
         return self._host[1]
 
     def statistics(self, key: str) -> dict[str, Statistics]:
@@ -432,7 +431,7 @@ class Workbench:
                     small = compress(folder / MODEL, dense, config, material, info)
                     if dense.device.type != self.device.type:
                         # A copy: the network that was not pruned is the dense model's own.
-                        small = replace(small, model=deepcopy(small.model).to(self.device))
+                        small = replace(small, model=small.model.copied_to(self.device))
                 recovered: Mapping[str, float] = {}
             else:
                 done = self._recover(folder / MODEL, trial, material, info, watch)

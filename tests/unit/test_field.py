@@ -147,3 +147,25 @@ def test_a_seed_gives_the_same_two_different_networks_and_leaves_the_global_gene
     assert not torch.equal(weights[0], weights[3])
     assert first.device == torch.device("cpu")
     assert list(first.networks()) == ["coarse", "fine"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_copy_on_another_device_is_the_same_model_and_leaves_the_first(shared):
+    shape = FieldShape(trunk=(7, 5, 11), skip=0, feature=3, view=2)
+    model = NerfModel.create(shape, SampleCounts(4, 4), 3)
+    if shared:
+        model.coarse = model.fine
+    copy = model.copied_to("cpu")
+    assert copy.shared == shared
+    for name, original in model.stored().items():
+        weights = dict(copy.networks()[name].named_parameters())
+        for which, weight in original.named_parameters():
+            assert torch.equal(weights[which], weight)
+            assert weights[which].is_contiguous()
+            assert weights[which].requires_grad == weight.requires_grad
+            assert weights[which].data_ptr() % 64 == 0
+            weights[which].data.zero_()
+            assert weight.abs().sum() > 0  # another memory
+    away = model.copied_to("meta")
+    assert {w.device.type for w in away.fine.parameters()} == {"meta"}
+    assert model.device.type == "cpu"

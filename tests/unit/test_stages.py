@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -447,7 +446,7 @@ def test_what_the_host_pruned_leaves_its_model_where_it_is(done: Done, tmp_path:
     config = TrialConfig("coarse", "magnitude", 0.5, "uniform", ratios, None, None)
     small = compress(tmp_path / MODEL, dense, config, Material(), {}).model
     assert small.fine is dense.fine  # so a move to the GPU in place would move the dense one too
-    copy = deepcopy(small).to("meta")
+    copy = small.copied_to("meta")
     assert copy.device.type == "meta"
     assert {dense.device.type, small.device.type} == {"cpu"}
 
