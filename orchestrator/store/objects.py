@@ -35,7 +35,7 @@ from orchestrator.errors import StoreError
 from orchestrator.store.backends import FOLDERS, RECORD, Document, atomic_write
 
 CONNECT_SECONDS = 10
-READ_SECONDS = 60
+READ_SECONDS = 30
 ATTEMPTS = 5
 CONNECTIONS = 32
 # Answers to a conditional write that somebody else was faster with, and to a read of nothing.
