@@ -311,6 +311,32 @@ def test_a_server_that_takes_connections_and_says_nothing_is_waited_for(
     assert_each_once(runs_of(database), records)
 
 
+@pytest.mark.slow
+def test_a_server_whose_database_is_silent_is_waited_for(
+    database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers, and requests do not end; those that nobody waits for any more are done later."""
+    monkeypatch.setattr("orchestrator.tracking.stores.PROBE_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    info = replace(INFO, hash="7a7a" * 4)
+    store, records = filled(tmp_path / "store", 6)
+    with serve(database.uri) as (address, _):
+        logger = tracking(address, store, info)
+        logger.__enter__()
+        for record in records[:2]:
+            logger.record(record)
+        assert logger.flush(timeout=60)
+        with database.silent():
+            for record in records[2:]:
+                logger.record(record)
+            assert not logger.flush(timeout=15)
+            with pytest.raises(TrackingError, match="cannot be used: .*timed out"):
+                Remote(address, "tests")
+        logger.__exit__(None, None, None)
+        assert logger.unlogged == ()
+    assert_each_once(runs_of(database.uri, info), records)
+
+
 # --- what a killed driver leaves behind --------------------------------------------------------
 
 
