@@ -330,7 +330,7 @@ def test_a_server_whose_database_is_silent_is_waited_for(
             for record in records[2:]:
                 logger.record(record)
             assert not logger.flush(timeout=15)
-            with pytest.raises(TrackingError, match="cannot be used: .*timed out"):
+            with pytest.raises(TrackingError, match=r"cannot be used: .*timed out"):
                 Remote(address, "tests")
         logger.__exit__(None, None, None)
         assert logger.unlogged == ()
