@@ -477,7 +477,7 @@ class RecoverSection(_Section):
         list[Literal["adam", "muon"]],
         Listed,
         Field(min_length=1, description="of the matrices; biases and scales are Adam's"),
-    ] = ["adam"]
+    ] = ["muon"]
     controls: Annotated[
         list[Literal["dense_longer", "narrow"]],
         Listed,
