@@ -89,6 +89,12 @@ def _folder(value: str) -> str:
 def _storage(value: str) -> str:
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
         return _folder(value)
+    if "@" in value.partition("://")[2].partition("/")[0] or holds_password(value):
+        raise PydanticCustomError(
+            "password",
+            "an address here must not hold keys: give them in the environment, as "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     if not BUCKET_ADDRESS.fullmatch(value):
         raise PydanticCustomError(
             "storage", "allowed are a folder, s3://BUCKET and s3://BUCKET/PREFIX"
@@ -102,6 +108,15 @@ def _tracking_uri(value: str | None) -> str | None:
             "password",
             "an address here must not hold a password: give it in the environment, as PGPASSWORD "
             "or MLFLOW_TRACKING_PASSWORD, or the whole address as PRUNEFIELD_TRACKING_URI",
+        )
+    return value
+
+
+def _study_address(value: str | None) -> str | None:
+    if value is not None and holds_password(value):
+        raise PydanticCustomError(
+            "password",
+            "an address here must not hold a password: give it in the environment, as PGPASSWORD",
         )
     return value
 
@@ -842,7 +857,11 @@ class SearchSection(_Section):
     ] = 64
     storage: Annotated[
         str | None,
-        Field(description="SQLAlchemy URL of the study; SQLite in the storage folder by default"),
+        AfterValidator(_study_address),
+        Field(
+            description="SQLAlchemy URL of the study, without a password; SQLite in the storage "
+            "folder by default"
+        ),
     ] = None
 
 

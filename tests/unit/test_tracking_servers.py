@@ -252,6 +252,13 @@ def test_a_password_in_a_sweep_file_is_refused_and_not_shown(
     assert main(["validate", str(tmp_path / "none.yaml")]) == 2
     assert "s3cr3t" not in capsys.readouterr().err
     assert sweep(tracking__uri="postgresql://ada@db/runs").tracking.uri is not None
+    with pytest.raises(SpecError, match=r"search\.storage.*environment") as caught:
+        sweep(search={"trials": 4, "storage": uri})
+    assert "s3cr3t" not in str(caught.value)
+    bucket = f"s3://{uri.partition('//')[2]}"
+    with pytest.raises(SpecError, match=r"storage") as caught:
+        sweep(storage=bucket)
+    assert "s3cr3t" not in str(caught.value)
 
 
 # --- an MLflow server ----------------------------------------------------------------------------
