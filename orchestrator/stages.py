@@ -48,6 +48,9 @@ REPORT_SECONDS = 1.0
 LAST_ITERATIONS = 50
 """What a training's own PSNR is the mean over: it must not depend on how fast the machine was."""
 WAIT_SECONDS = 1.0
+# A trained model that the storage does not take is offered again for so long.
+WRITE_PATIENCE = 300.0
+WRITE_DELAY = 5.0
 BYTES_PER_PARAMETER = 4
 
 AnyTrainer = Trainer | ParallelTrainer
@@ -304,8 +307,22 @@ class Workbench:
         except GeneratorExit:
             save()
             raise
-        with watch.during("write"), self.store.writing("checkpoint", training.key) as folder:
-            self._write_checkpoint(folder, training, trainer, history, spent)
+        end = None
+        while True:
+            try:
+                with watch.during("write"), self.store.writing("checkpoint", training.key) as made:
+                    self._write_checkpoint(made, training, trainer, history, spent)
+                break
+            except StoreError as error:  # a storage that is away must not cost a long training
+                if end is None:
+                    end = time.monotonic() + WRITE_PATIENCE
+                    save()
+                if time.monotonic() > end:
+                    raise
+                logger.warning("model %s cannot be kept yet: %s", training.key, error)
+                if history:
+                    yield {"total": training.recipe.iterations, **history[-1]}
+                time.sleep(WRITE_DELAY)
         self.store.remove_running(training.key)
 
     def _save_running(self, key: str) -> None:

@@ -26,6 +26,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,7 @@ CONNECT_SECONDS = 10
 READ_SECONDS = 30
 ATTEMPTS = 5
 CONNECTIONS = 32
+UNSENT = ".unsent"
 # Answers to a conditional write that somebody else was faster with, and to a read of nothing.
 BEATEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 ABSENT = {"NoSuchKey", "404", "NotFound"}
@@ -248,20 +250,32 @@ class ObjectBackend:
     # --- the state of trainings under way -----------------------------------------------------
 
     def save_running(self, key: str) -> None:
-        """Put the files of the local folder."""
-        for path in sorted((self.root / "running" / key).iterdir()):
+        """Put the files of the local folder; while that is not done, a mark is in it."""
+        mark = self.root / "running" / key / UNSENT
+        mark.touch()
+        for path in sorted(mark.parent.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 with self._speaking("write to"):
                     self._s3.upload_file(
                         str(path), self._bucket, f"{self._prefix}running/{key}/{path.name}"
                     )
+        mark.unlink(missing_ok=True)
 
     def restore_running(self, key: str) -> None:
-        """Fetch them; the files know themselves whether they are damaged."""
-        for name in self.names(f"running/{key}"):
+        """Fetch them, unless this machine has newer ones that it could not put.
+
+        The files know themselves whether they are damaged.
+        """
+        folder = self.root / "running" / key
+        found = self._listed(f"running/{key}")
+        if (folder / UNSENT).exists():
+            here = [path.stat().st_mtime for path in folder.iterdir() if path.name != UNSENT]
+            if here and all(max(here) > there.timestamp() for there in found.values()):
+                return
+        for name in found:
             if "/" not in name:
-                path = self.root / "running" / key / name
-                self._download(f"running/{key}/{name}", path)
+                self._download(f"running/{key}/{name}", folder / name)
+        (folder / UNSENT).unlink(missing_ok=True)
 
     def remove_running(self, key: str) -> None:
         """Remove them."""
@@ -272,13 +286,17 @@ class ObjectBackend:
 
     def names(self, folder: str) -> set[str]:
         """Names of the objects under a folder."""
+        return set(self._listed(folder))
+
+    def _listed(self, folder: str) -> dict[str, datetime]:
+        """The objects under a folder, and when each was put."""
         start = f"{self._prefix}{folder}/"
         with self._speaking("read"):
             pages = self._s3.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=start
             )
             return {
-                found["Key"].removeprefix(start)
+                found["Key"].removeprefix(start): found["LastModified"]
                 for page in pages
                 for found in page.get("Contents", ())
             }

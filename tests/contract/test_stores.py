@@ -220,6 +220,34 @@ def test_another_machine_goes_on_with_a_training(elsewhere: Callable[[], Store])
 # --- failures ------------------------------------------------------------------------------------
 
 
+def test_a_state_that_could_not_be_sent_is_gone_on_with_here_unless_another_went_further(
+    elsewhere: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = elsewhere()
+    if first.address == str(first.root):
+        pytest.skip("on a disk nothing is sent")
+    (first.running("abc") / "state").write_text("at iteration 7")
+    first.save_running("abc")
+    time.sleep(1.1)  # a bucket tells its times in seconds
+    (first.running("abc") / "state").write_text("at iteration 9")
+    with monkeypatch.context() as away:
+        away.setattr(first._backend._s3, "upload_file", fail_to_connect)  # type: ignore[attr-defined]
+        with pytest.raises(StoreError, match="cannot write to"):
+            first.save_running("abc")
+    assert (first.running("abc") / "state").read_text() == "at iteration 9"
+    time.sleep(1.1)
+    second = elsewhere()
+    (second.running("abc") / "state").write_text("at iteration 11")
+    second.save_running("abc")
+    assert (first.running("abc") / "state").read_text() == "at iteration 11"
+
+
+def fail_to_connect(*_: Any) -> None:
+    from botocore.exceptions import EndpointConnectionError
+
+    raise EndpointConnectionError(endpoint_url="http://nowhere")
+
+
 def test_failures_are_kept_until_they_are_cleared(
     elsewhere: Callable[[], Store], record: Record
 ) -> None:

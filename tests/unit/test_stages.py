@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,48 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert went_on == [5, 6]
     straight = weights(done[2], done[1].trainings[0])
     assert training.key == done[1].trainings[0].key
+    for name, tensor in weights(store, training).items():
+        assert torch.equal(tensor, straight[name]), name
+    history = json.loads((store.folder("checkpoint", training.key) / HISTORY).read_text())
+    assert [point["iteration"] for point in history] == [1, 2, 3, 4, 5, 6]
+    assert not (store.root / "running" / training.key).exists()
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_model_that_the_storage_does_not_take_is_offered_again_and_never_lost(
+    done: Done,
+    scene_folder: Path,
+    tmp_path: Path,
+    one_step_at_a_time: None,
+    monkeypatch: pytest.MonkeyPatch,
+    comes_back: bool,
+) -> None:
+    store = Store(tmp_path)
+    bench, plan = bench_of(store, scene_folder, **QUICK)
+    (training,) = plan.trainings
+    monkeypatch.setattr(stages, "WRITE_DELAY", 0.0)
+    monkeypatch.setattr(stages, "WRITE_PATIENCE", 60.0 if comes_back else -1.0)
+    refused, real = [], Store.writing
+
+    @contextmanager
+    def writing(self: Store, kind: str, key: str) -> Iterator[Path]:
+        if kind == "checkpoint" and (len(refused) < 2 or not comes_back):
+            refused.append(key)
+            raise StoreError("the storage is away")
+        with real(self, kind, key) as folder:
+            yield folder
+
+    monkeypatch.setattr(Store, "writing", writing)
+    work = bench.train(training, Stopwatch())
+    if comes_back:
+        assert [update["iteration"] for update in work] == [1, 2, 3, 4, 5, 6, 6, 6]
+    else:
+        with pytest.raises(StoreError, match="the storage is away"):
+            list(work)
+        monkeypatch.undo()
+        other, _ = bench_of(store, scene_folder, **QUICK)
+        assert list(other.train(training, Stopwatch())) == []  # it was trained already
+    straight = weights(done[2], done[1].trainings[0])
     for name, tensor in weights(store, training).items():
         assert torch.equal(tensor, straight[name]), name
     history = json.loads((store.folder("checkpoint", training.key) / HISTORY).read_text())
