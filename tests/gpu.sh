@@ -23,6 +23,7 @@ run triton-fp32 test_kernels.py -k "triton and fp32"
 run triton-bf16 test_kernels.py -k "triton and bf16"
 run encoding test_kernels.py -k encoding
 run volume test_volume_kernels.py
+run rounded test_rounded_kernels.py
 run fused test_fused.py
 for name in "${!jobs[@]}"; do
     wait "${jobs[$name]}" || failed=1

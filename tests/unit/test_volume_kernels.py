@@ -153,6 +153,62 @@ def test_the_reference_draws_as_the_library_does():
     )
 
 
+@pytest.mark.parametrize("count", COUNTS, ids=str)
+def test_new_samples_are_given_by_themselves_with_their_places_in_the_order(count):
+    rays, samples, drawn = count
+    density, rgb, t, lengths, noise, colors = batch(rays, samples)
+    u = torch.rand(rays, drawn, device=DEVICE)
+    merged = torch.full((rays, samples + drawn), float("nan"), device=DEVICE)
+    added = torch.full((rays, drawn), float("nan"), device=DEVICE)
+    source = torch.full((rays, samples + drawn), -1, dtype=torch.int32, device=DEVICE)
+    volume.composite[(rays,)](
+        density, rgb, t, lengths, noise, u, colors, lengths, density, rgb, merged, added, source,
+        samples, drawn, samples, drawn, 0.0, 1.0, TRAIN=False, COLOR=False, WHITE=False,
+        IMPORTANCE=True, SPLIT=True, PADDED=padded(samples), DRAWN=padded(drawn),
+    )  # fmt: skip
+    everything = torch.arange(samples + drawn, device=DEVICE).expand(rays, -1)
+    assert torch.equal(source.long().sort(dim=1).values, everything)
+    assert torch.equal(torch.cat((t, added), 1).gather(1, source.long()), merged)
+    assert bool((merged.diff(dim=1) >= 0).all())
+
+
+@pytest.mark.parametrize("white", [False, True])
+@pytest.mark.parametrize("count", COUNTS, ids=str)
+def test_samples_of_two_parts_are_composited_in_order(count, white):
+    rays, samples, drawn = count
+    every = samples + drawn
+    density, rgb, t, lengths, noise, colors = given = batch(rays, every)
+    generator = torch.Generator().manual_seed(3)
+    source = torch.stack([torch.randperm(every, generator=generator) for _ in range(rays)])
+    source = source.to(DEVICE)
+    place = source.argsort(dim=1)  # where in the order each sample of both parts is
+    parts = [x.split((samples, drawn), dim=1) for x in (
+        density.gather(1, place), rgb.gather(1, place[..., None].expand(-1, -1, 3))
+    )]  # fmt: skip
+    (first, second), (rgb_first, rgb_second) = [[p.contiguous() for p in of] for of in parts]
+    before = torch.randn(rays, samples, device=DEVICE), torch.randn(rays, samples, 3, device=DEVICE)
+    g_first, g_rgb_first = before[0].clone(), before[1].clone()
+    g_second, g_rgb_second = torch.full_like(second, 9.0), torch.full_like(rgb_second, 9.0)
+    errors = torch.zeros(rays, device=DEVICE)
+    volume.composite_joined[(rays,)](
+        first, second, rgb_first, rgb_second, t, source.int(), lengths, noise, colors, errors,
+        g_first, g_second, g_rgb_first, g_rgb_second, samples, drawn, 0.5, 1.0 / (3 * rays),
+        WHITE=white, PADDED=padded(every),
+    )  # fmt: skip
+    exact_density, exact_rgb, _, color = reference(given, white, 0.5)
+    off = (color - colors.to(F64)).square()
+    torch.testing.assert_close(errors.to(F64), off.sum(1).detach(), rtol=1e-4, atol=1e-6)
+    off.mean().backward()
+    found = torch.cat((g_first - before[0], g_second), 1).gather(1, source)
+    found_rgb = torch.cat((g_rgb_first - before[1], g_rgb_second), 1)
+    found_rgb = found_rgb.gather(1, source[..., None].expand(-1, -1, 3))
+    for mine, exact in ((found, exact_density.grad), (found_rgb, exact_rgb.grad)):
+        # Added to numbers of about 1, of which 1e-7 is the precision.
+        torch.testing.assert_close(
+            mine.to(F64), exact, rtol=0, atol=1e-5 * float(exact.abs().max()) + 5e-7
+        )
+
+
 def test_equal_distances_keep_every_sample():
     """Ties between old and new samples lose none."""
     given = batch(3, 8)
