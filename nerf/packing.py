@@ -52,6 +52,20 @@ class Packed:
     scheme: str | Sequence[str]
     arrays: Mapping[str, Tensor]
 
+    @classmethod
+    def by_layer(
+        cls, shape: FieldShape, schemes: Mapping[str, str], arrays: Mapping[str, Tensor]
+    ) -> "Packed":
+        """With a scheme for each layer: under one name where all are alike.
+
+        Args:
+            shape: its widths.
+            schemes: by the name of the layer.
+            arrays: as of the attributes.
+        """
+        found = [schemes[layer.name] for layer in shape.layers()]
+        return cls(shape, found[0] if len(set(found)) == 1 else found, arrays)
+
     def schemes(self) -> dict[str, str]:
         """The scheme of each layer."""
         names = [layer.name for layer in self.shape.layers()]

@@ -78,25 +78,35 @@ def packed(
     if bits == "fp32" and not sparse:
         return None
     few = {}
-    for name, of in model.stored().items():
-        network = network_of(of)
-        wanted = bits if isinstance(bits, str) else bits.get(name, AUTO_SCHEMES[-1])
-        schemes = dict.fromkeys(network.weights, wanted) if isinstance(wanted, str) else wanted
+    for name, field in model.stored().items():
+        network = network_of(field)
+        schemes = schemes_of(bits, name, network, AUTO_SCHEMES[-1])
         statistics = None
         if any(SCHEMES[scheme].needs_statistics for scheme in schemes.values()):
-            statistics = seen(network, name, wanted, samples)
+            named = ", ".join(dict.fromkeys(schemes.values()))
+            statistics = seen(network, name, named, samples)
         arrays = quantize(network, schemes, statistics).tensors()
-        stored = [SCHEMES[schemes[spec.name]].stored_as for spec in of.shape.layers()]
+        stored = {layer: SCHEMES[scheme].stored_as for layer, scheme in schemes.items()}
         if sparse:
-            stored = [SPARSE_FLOATS.get(scheme, scheme) for scheme in stored]
-        alike = len(set(stored)) == 1
-        few[name] = Packed(of.shape, stored[0] if alike else stored, arrays)
+            stored = {layer: SPARSE_FLOATS.get(of, of) for layer, of in stored.items()}
+        few[name] = Packed.by_layer(field.shape, stored, arrays)
     return few
 
 
-def seen(
-    network: Network, name: str, wanted: str | Mapping[str, str], samples: Samples | None
-) -> Statistics:
+def schemes_of(bits: Bits, name: str, network: Network, unnamed: str) -> Mapping[str, str]:
+    """How each layer of a network is stored.
+
+    Args:
+        bits: how networks are.
+        name: of the network.
+        network: its layers.
+        unnamed: the scheme where `bits` does not name the network: it was not pruned.
+    """
+    found = bits if isinstance(bits, str) else bits.get(name, unnamed)
+    return dict.fromkeys(network.weights, found) if isinstance(found, str) else found
+
+
+def seen(network: Network, name: str, wanted: str, samples: Samples | None) -> Statistics:
     """What the layers of a pruned network read."""
     if samples is None:
         raise StatisticsError(

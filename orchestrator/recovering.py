@@ -35,12 +35,11 @@ from orchestrator.compress import (
     with_fields,
 )
 from orchestrator.log import logger
-from orchestrator.modelfile import AUTO, RATE, TRAINED_SCHEMES, Bits, packed
+from orchestrator.modelfile import AUTO, RATE, TRAINED_SCHEMES, Bits, packed, schemes_of
 from orchestrator.plan import TrialConfig
 from pruning import (
     SCHEMES,
     BudgetError,
-    Network,
     Pruned,
     Quantized,
     nonzero_parameters,
@@ -56,7 +55,9 @@ MARGIN = 0.02
 """Coded weights take other bytes once they are trained: files are pruned to so much less."""
 COARSER = 1.01
 """Where that was too little, grids are made coarser by this factor, again and again."""
-MOST_COARSER = 30
+MOST_COARSER = 120
+TOLD_FROM = 1.05
+"""From this factor on it is said: such a model was not trained as its file has it."""
 NARROW_BITS = "int6"
 """How the layers of a narrow control are stored where those of the pruned model choose their own:
 the best single number of bits for a recovered fern at 250 and 100 kB."""
@@ -476,7 +477,7 @@ def _rounding(
     for name in trained:
         network = network_of(model.stored()[name])
         if few is None:
-            schemes = _schemes(bits, name, network)
+            schemes = schemes_of(bits, name, network, TRAINED_SCHEMES[-1])
             tables = quantize(network, schemes).tables
         else:
             schemes = few[name].schemes()
@@ -488,12 +489,6 @@ def _rounding(
             for layer, weight in network.weights.items()
         }
     return layers
-
-
-def _schemes(bits: Bits, name: str, network: Network) -> Mapping[str, str]:
-    """How each layer of a network is stored; one that was not pruned keeps the most bits."""
-    of = bits if isinstance(bits, str) else bits.get(name, TRAINED_SCHEMES[-1])
-    return dict.fromkeys(network.weights, of) if isinstance(of, str) else of
 
 
 def _written(
@@ -534,6 +529,14 @@ def write_trained(
         contents = _contents(recovery, bits, factor)
         size = model_size(model, info, contents)
         if most is None or size <= most:
+            if factor > TOLD_FROM:
+                logger.warning(
+                    "the codes of %s did not fit %s bytes after training; their grids were made "
+                    "%.2f times as coarse: recover for longer, or prune to less",
+                    path.name,
+                    f"{most:,}",
+                    factor,
+                )
             return save_model(path, model, info, contents)
         if not any(layer.start.get("scale") is not None for layer in _layers(recovery)):
             break
@@ -555,7 +558,7 @@ def _contents(recovery: Recovery, bits: Bits, factor: float) -> dict[str, Packed
     for name, field in model.stored().items():
         network = network_of(field)
         if name not in recovery.rounding:
-            schemes = _schemes(bits, name, network)
+            schemes = schemes_of(bits, name, network, TRAINED_SCHEMES[-1])
             arrays = quantize(network, schemes).tensors()
         else:
             schemes = {layer: of.scheme for layer, of in recovery.rounding[name].items()}
@@ -567,7 +570,5 @@ def _contents(recovery: Recovery, bits: Bits, factor: float) -> dict[str, Packed
                 if stored is not None:
                     codes[layer] = stored
             arrays = Quantized(network.graph, schemes, codes, tables).tensors()
-        stored_as = [schemes[layer.name] for layer in field.shape.layers()]
-        alike = len({*stored_as}) == 1
-        contents[name] = Packed(field.shape, stored_as[0] if alike else stored_as, arrays)
+        contents[name] = Packed.by_layer(field.shape, schemes, arrays)
     return contents

@@ -35,8 +35,8 @@ def method_of(config: Mapping[str, Any]) -> str:
             words[-1] += f" squeezed {config['recover_squeeze']:g}"
         if "recover_density_noise" in config:
             words[-1] += f" with noise {config['recover_density_noise']:g}"
-        if "recover_optimizer" in config:
-            words[-1] += f" by {config['recover_optimizer']}"
+        if config.get("recover_optimizer", "adam") != "muon":
+            words[-1] += " by Adam"
     return ", ".join(words)
 
 
