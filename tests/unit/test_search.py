@@ -452,11 +452,12 @@ def test_trials_of_other_sweeps_on_the_model_are_tried_first(
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite:////nowhere/at/all/study.db", "nonsense", "postgresql+psycopg://u:secret@h:1/d"]
+    "url", ["sqlite:////nowhere/at/all/study.db", "nonsense", "postgresql+psycopg://u@h:1/d"]
 )
 def test_a_database_that_cannot_be_used_says_so(
-    url: str, tmp_path: Path, demo_folder: Path
+    url: str, tmp_path: Path, demo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PGPASSWORD", "secret")
     desk = Desk(tmp_path, demo_folder, storage=url)
     with pytest.raises(SearchError, match="SQLAlchemy URL") as error:
         desk.search()
