@@ -7,7 +7,6 @@ weights of the model are views of the kernels' flat vectors, so the model is alw
 """
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -21,12 +20,13 @@ from nerf.devices import arithmetic
 from nerf.encoding import encode
 from nerf.errors import NerfError
 from nerf.field import Field, FieldShape, NerfModel
-from nerf.graphs import StepGraph
+from nerf.graphs import StepGraph, captured
 from nerf.kernels import adam, volume
 from nerf.kernels.mlp import FusedField, PackedField, compile_widths
+from nerf.pool import Batches
 from nerf.rendering import RenderSettings
 from nerf.sampling import strata
-from nerf.steps import BETAS, EPSILON, Job, Losses, Moments, log
+from nerf.steps import BETAS, EPSILON, Job, Losses, Moments
 
 # Steps before one is captured: kernels compile and memory pools fill meanwhile.
 STEPS_BEFORE_CAPTURE = 2
@@ -57,7 +57,7 @@ class FusedSteps:
         self.job = job
         check_kernels(device)
         self._rays = rays = min(recipe.rays, len(pool))
-        self._batches = len(pool) // rays
+        self._batches = Batches(pool, job.seed, rays, device)
         self._n_coarse, self._n_fine = model.samples.coarse, model.samples.fine
         n_all = self._n_coarse + self._n_fine
         self._coarse = FusedField(model.coarse.shape, rays, self._n_coarse, device)
@@ -69,8 +69,6 @@ class FusedSteps:
 
         self._first = {name: empty(f.plan.count) for name, f in self._fields.items()}
         self._second = {name: empty(f.plan.count) for name, f in self._fields.items()}
-        self._order = torch.zeros(len(pool), dtype=torch.int32, device=device)
-        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._constants = torch.tensor(
             [
                 recipe.learning_rate,
@@ -97,10 +95,6 @@ class FusedSteps:
         self._coarse_errors, self._fine_errors = empty(rays), empty(rays)
         self._g = {name: (empty(*f.density.shape), empty(*f.rgb.shape))
                    for name, f in self._fields.items()}  # fmt: skip
-        self._at = 0  # what the device's counter says
-        self._epoch = -1
-        self._next_order: tuple[int, Future[Tensor]] | None = None
-        self._thread = ThreadPoolExecutor(1)
         self._graph: StepGraph[None] | None = None
         self._eager_steps_left = STEPS_BEFORE_CAPTURE
         self._adopt()
@@ -120,7 +114,8 @@ class FusedSteps:
         job = self.job
         random_state = job.generator.get_state()
         with arithmetic("float32", job.device):
-            self._order.copy_(torch.arange(len(self._order)))
+            order = self._batches.order
+            order.copy_(torch.arange(len(order)))
             self._losses_and_gradients()
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
@@ -136,7 +131,7 @@ class FusedSteps:
         self._sums.zero_()
         with arithmetic("float32", self.job.device):
             for iteration in range(first, first + count):
-                self._prepare(iteration)
+                self._batches.prepare(iteration)
                 if self._eager_steps_left == 0 and self.job.device.type == "cuda":
                     self._capture()
                 self._eager_steps_left -= 1
@@ -144,41 +139,12 @@ class FusedSteps:
                     self._step()
                 else:
                     self._graph()
-                self._at += 1
+                self._batches.counted()
         coarse, fine = self._sums.clone().unbind()
         return coarse, fine
 
-    def _prepare(self, iteration: int) -> None:
-        """What the host has to say: another epoch's order of rays, or a jump."""
-        epoch = iteration // self._batches
-        if epoch != self._epoch:
-            self._order.copy_(self._order_of(epoch))
-            self._epoch = epoch
-        if iteration != self._at:
-            self._counter.fill_(iteration)
-            self._at = iteration
-
-    def _order_of(self, epoch: int) -> Tensor:
-        """The rays in an epoch's order; the next epoch's is made meanwhile, by another thread."""
-        pool, seed = self.job.pool, self.job.seed
-        if self._next_order is not None and self._next_order[0] == epoch:
-            order = self._next_order[1].result()
-        else:
-            order = pool.order(seed, epoch)
-        self._next_order = epoch + 1, self._thread.submit(pool.order, seed, epoch + 1)
-        return order
-
     def _capture(self) -> None:
-        job = self.job
-        torch.cuda.synchronize(job.device)
-        random_state = job.generator.get_state()
-        try:
-            self._graph = StepGraph(self._step, job.generator)
-        except RuntimeError as error:
-            # A failed capture leaves its generator unusable.
-            job.generator = torch.Generator(job.device)
-            job.generator.set_state(random_state)
-            log.warning("training without a CUDA graph, which is slower: %s", error)
+        self._graph, self.job.generator = captured("training", self._step, self.job.generator)
 
     def _step(self) -> None:
         self._losses_and_gradients()
@@ -190,7 +156,7 @@ class FusedSteps:
                 BLOCK=PARAMETERS_A_PROGRAM, num_warps=4,
             )  # fmt: skip
         volume.end_step[(1,)](
-            self._counter, self._coarse_errors, self._fine_errors, self._sums, self._rays,
+            self._batches.counter, self._coarse_errors, self._fine_errors, self._sums, self._rays,
             PADDED=ERRORS_A_STEP, num_warps=4,
         )  # fmt: skip
 
@@ -206,11 +172,11 @@ class FusedSteps:
             self._fine_noise.normal_(generator=job.generator)
         rays = job.pool.rays
         volume.begin_step[(triton.cdiv(self._rays, RAYS_A_PROGRAM),)](
-            self._order, self._counter, rays.origins, rays.directions, rays.view_directions,
-            job.pool.colors, self._jitter, self._strata, self._origins, self._directions,
-            self._lengths, self._colors, self._encoded, self._t_coarse, self._constants,
-            self._schedule, self._batches, self._rays, self._n_coarse, self._octaves,
-            PADDED=power_of_two(self._n_coarse), BLOCK=RAYS_A_PROGRAM, num_warps=4,
+            self._batches.order, self._batches.counter, rays.origins, rays.directions,
+            rays.view_directions, job.pool.colors, self._jitter, self._strata, self._origins,
+            self._directions, self._lengths, self._colors, self._encoded, self._t_coarse,
+            self._constants, self._schedule, self._batches.count, self._rays, self._n_coarse,
+            self._octaves, PADDED=power_of_two(self._n_coarse), BLOCK=RAYS_A_PROGRAM, num_warps=4,
         )  # fmt: skip
         for field in self._fields.values():
             field.pack()
@@ -250,8 +216,7 @@ class FusedSteps:
 
     def restore(self, iteration: int, moments: Moments) -> None:
         """Go on from elsewhere, see `nerf.steps.Steps.restore`."""
-        self._counter.fill_(iteration)
-        self._at = iteration
+        self._batches.go_to(iteration)
         own = self.moments()
         for name, (first, second) in own.items():
             for mine, other in ((first, moments.get(name, (None, None))[0]),

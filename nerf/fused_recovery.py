@@ -9,7 +9,6 @@ work on whole rows (`nerf.kernels.rounded`).
 
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import triton
@@ -24,19 +23,18 @@ from nerf.fused import (
     STEPS_BEFORE_CAPTURE,
     check_kernels,
 )
-from nerf.graphs import StepGraph
+from nerf.graphs import StepGraph, captured
 from nerf.kernels import rounded, volume
 from nerf.kernels.mlp import FusedField
 from nerf.muon import MOMENTUM, for_muon, orthogonalized, step_factor
-from nerf.pool import RayPool
+from nerf.pool import Batches, RayPool
 from nerf.recipe import MOST_EXCESS, PRICE_GAIN, SHARED_COARSE, RecoveryRecipe, Squeeze
+from nerf.recovery import Moments
 from nerf.rendering import RenderSettings
 from nerf.rounding import RoundedLayer, levels, parse_scheme
 from nerf.sampling import strata
-from nerf.steps import BETAS, EPSILON, log
+from nerf.steps import BETAS, EPSILON
 
-Moments = dict[str, tuple[int, Tensor, Tensor | None]]
-"""Steps done, first and second moment of each trained tensor; Muon has no second."""
 SCHEDULE = 5  # numbers of an iteration, see `update_rows`
 
 
@@ -72,11 +70,11 @@ class FusedRecovery:
     ) -> None:
         self.device = device = student.device
         check_kernels(device)
-        self._pool, self._settings, self._recipe, self._seed = pool, settings, recipe, seed
+        self._pool, self._settings, self._recipe = pool, settings, recipe
         self.generator = generator
         shape, samples = student.fine.shape, student.samples
         self._rays = rays = min(recipe.rays, len(pool))
-        self._batches = len(pool) // rays
+        self._batches = Batches(pool, seed, rays, device)
         self._field = FusedField(shape, rays, samples.coarse, device)
         self._more = FusedField(shape, rays, samples.fine, device)
         self._more.compute_as(self._field)
@@ -110,9 +108,6 @@ class FusedRecovery:
         self._unused = empty(2)
         self._schedule = empty(1, SCHEDULE)
         self._schedules = self._planned()
-        self._at, self._epoch = 0, -1
-        self._next_order: tuple[int, Future[Tensor]] | None = None
-        self._thread = ThreadPoolExecutor(1)
         self._renew()
 
     def _allocate(self, coarse: int, drawn: int) -> None:
@@ -125,8 +120,6 @@ class FusedRecovery:
         self._n, self._drawn, every = coarse, drawn, coarse + drawn
         shape = self._field.shape
         self._octaves = shape.direction_octaves
-        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self._order = torch.zeros(len(self._pool), dtype=torch.int32, device=device)
         lower, upper = strata(self._n, settings.near, settings.far, device)
         self._strata = torch.stack((lower, upper - lower))
         self._jitter, self._u = empty(rays, self._n), empty(rays, self._drawn)
@@ -246,7 +239,7 @@ class FusedRecovery:
                 self._update(update=False)
                 self._stale = False
             for iteration in range(first, first + count):
-                self._prepare(iteration)
+                self._batches.prepare(iteration)
                 if self._eager_steps_left == 0 and self.device.type == "cuda":
                     self._capture()
                 self._eager_steps_left -= 1
@@ -254,41 +247,12 @@ class FusedRecovery:
                     self._step()
                 else:
                     self._graph()
-                self._at += 1
+                self._batches.counted()
         coarse, fine, priced = self._sums.clone().unbind()
         return fine, fine + SHARED_COARSE * coarse + priced
 
-    def _prepare(self, iteration: int) -> None:
-        epoch = iteration // self._batches
-        if epoch != self._epoch:
-            self._order.copy_(self._order_of(epoch))
-            self._epoch = epoch
-        if iteration != self._at:
-            self._counter.fill_(iteration)
-            self._at = iteration
-
-    def _order_of(self, epoch: int) -> Tensor:
-        """The rays in an epoch's order; the next epoch's is made meanwhile, by another thread."""
-        if self._next_order is not None and self._next_order[0] == epoch:
-            order = self._next_order[1].result()
-        else:
-            order = self._pool.order(self._seed, epoch)
-        self._next_order = (
-            epoch + 1,
-            self._thread.submit(self._pool.order, self._seed, epoch + 1),
-        )
-        return order
-
     def _capture(self) -> None:
-        torch.cuda.synchronize(self.device)
-        random_state = self.generator.get_state()
-        try:
-            self._graph = StepGraph(self._step, self.generator)
-        except RuntimeError as error:
-            # A failed capture leaves its generator unusable.
-            self.generator = torch.Generator(self.device)
-            self.generator.set_state(random_state)
-            log.warning("recovering without a CUDA graph, which is slower: %s", error)
+        self._graph, self.generator = captured("recovering", self._step, self.generator)
 
     def _step(self) -> None:
         recipe, rays = self._recipe, self._rays
@@ -299,18 +263,18 @@ class FusedRecovery:
         self._u.uniform_(generator=self.generator)
         if recipe.density_noise > 0:
             self._all_noise.normal_(generator=self.generator)
-        torch.index_select(self._schedules, 0, self._counter, out=self._schedule)
+        torch.index_select(self._schedules, 0, self._batches.counter, out=self._schedule)
         pool = self._pool.rays
         volume.begin_step[(triton.cdiv(rays, RAYS_A_PROGRAM),)](
-            self._order, self._counter, pool.origins, pool.directions, pool.view_directions,
-            self._pool.colors, self._jitter, self._strata, self._origins, self._directions,
-            self._lengths, self._colors, self._encoded, self._t, self._constants, self._unused,
-            self._batches, rays, self._n, self._octaves, PADDED=power_of_two(self._n),
-            BLOCK=RAYS_A_PROGRAM, num_warps=4,
+            self._batches.order, self._batches.counter, pool.origins, pool.directions,
+            pool.view_directions, self._pool.colors, self._jitter, self._strata, self._origins,
+            self._directions, self._lengths, self._colors, self._encoded, self._t,
+            self._constants, self._unused, self._batches.count, rays, self._n, self._octaves,
+            PADDED=power_of_two(self._n), BLOCK=RAYS_A_PROGRAM, num_warps=4,
         )  # fmt: skip
         if self._squeeze is not None:
             rounded.price_codes[(1,)](
-                self._counter, self._code_sums, self._sizes, self._limits, self._price,
+                self._batches.counter, self._code_sums, self._sizes, self._limits, self._price,
                 self._costs, self._sums[2:], self._layers, self._squeeze.first_iteration,
                 self._squeeze.falling, self._squeeze.rate, PRICE_GAIN, MOST_EXCESS,
                 PADDED=power_of_two(self._layers), num_warps=1,
@@ -326,7 +290,7 @@ class FusedRecovery:
             self._stack.copy_(orthogonalized(self._stack))
         self._update(update=True)
         volume.end_step[(1,)](
-            self._counter, self._coarse_errors, self._errors, self._sums, rays,
+            self._batches.counter, self._coarse_errors, self._errors, self._sums, rays,
             PADDED=ERRORS_A_STEP, num_warps=4,
         )  # fmt: skip
 

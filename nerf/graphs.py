@@ -1,10 +1,13 @@
 """A training step as one CUDA graph: the GPU repeats it without waiting for Python."""
 
+import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -46,3 +49,33 @@ class StepGraph(Generic[Result]):
             own.copy_(value)
         self._graph.replay()
         return self._result
+
+
+def captured(
+    what: str,
+    function: Callable[..., Result],
+    generator: torch.Generator,
+    *inputs: Tensor,
+    alone: bool = True,
+) -> tuple[StepGraph[Result] | None, torch.Generator]:
+    """A `StepGraph`, where one can be had; else a note, and steps go on without.
+
+    Args:
+        what: what is done in steps, for the note: "training".
+        function: as of `StepGraph`, and so are the others.
+        generator: random numbers that it draws, on the GPU.
+        inputs: what it is called with.
+        alone: whether no other thread may call CUDA meanwhile.
+
+    Returns:
+        The graph, and the generator to draw from: a failed capture leaves its own unusable.
+    """
+    torch.cuda.synchronize(generator.device)
+    random_state = generator.get_state()
+    try:
+        return StepGraph(function, generator, *inputs, alone=alone), generator
+    except RuntimeError as error:
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(random_state)
+        log.warning("%s without a CUDA graph, which is slower: %s", what, error)
+        return None, fresh

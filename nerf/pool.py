@@ -1,5 +1,7 @@
 """The rays that a training draws from."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -55,6 +57,59 @@ class RayPool:
         """All rays in the order of an epoch, on the CPU."""
         generator = torch.Generator().manual_seed(mix(seed, epoch))
         return torch.randperm(len(self), generator=generator)
+
+
+class Batches:
+    """Which rays an iteration has, as kernels read it from a device.
+
+    Args:
+        pool: all rays.
+        seed: of their orders.
+        rays: rays a batch.
+        device: where the kernels run.
+
+    Attributes:
+        count: whole batches of an epoch.
+        order: (pool,) int32, all rays in the order of the epoch at hand.
+        counter: (1,) int64, the iteration; the kernels count it.
+    """
+
+    def __init__(self, pool: RayPool, seed: int, rays: int, device: torch.device) -> None:
+        self.count = len(pool) // rays
+        self.order = torch.zeros(len(pool), dtype=torch.int32, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._pool, self._seed = pool, seed
+        self._at = 0  # what the counter says
+        self._epoch = -1
+        self._next: tuple[int, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1)
+
+    def prepare(self, iteration: int) -> None:
+        """Say what the host has to say: another epoch's order of rays, or a jump."""
+        epoch = iteration // self.count
+        if epoch != self._epoch:
+            self.order.copy_(self._order_of(epoch))
+            self._epoch = epoch
+        if iteration != self._at:
+            self.go_to(iteration)
+
+    def counted(self) -> None:
+        """The kernels have counted one iteration."""
+        self._at += 1
+
+    def go_to(self, iteration: int) -> None:
+        """Go on from another iteration."""
+        self.counter.fill_(iteration)
+        self._at = iteration
+
+    def _order_of(self, epoch: int) -> Tensor:
+        """The rays in an epoch's order; the next epoch's is made meanwhile, by another thread."""
+        if self._next is not None and self._next[0] == epoch:
+            order = self._next[1].result()
+        else:
+            order = self._pool.order(self._seed, epoch)
+        self._next = epoch + 1, self._thread.submit(self._pool.order, self._seed, epoch + 1)
+        return order
 
 
 def mix(seed: int, number: int) -> int:

@@ -9,7 +9,6 @@ Letters: σ density, α = 1 − exp(−relu(σ) δ) the opacity of a sample, w i
 colour, C a ray's colour; S the student (the pruned model), T the teacher.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from nerf.devices import arithmetic
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import Field, NerfModel
 from nerf.files import read_tensors, write_tensors
-from nerf.graphs import StepGraph
+from nerf.graphs import StepGraph, captured
 from nerf.invented import InventedRays
 from nerf.metrics import psnr
 from nerf.muon import Muon, for_muon
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from nerf.fused_recovery import FusedRecovery
 
 __all__ = ["Recovery", "RecoveryRecipe", "Source"]
-
-log = logging.getLogger(__name__)
 
 Schemes = Mapping[str, Mapping[str, str]]
 Asked = Callable[..., tuple[Tensor, Tensor]]
@@ -365,15 +362,7 @@ class Recovery:
         return losses
 
     def _capture(self, picked: Int[Tensor, " rays"]) -> None:
-        torch.cuda.synchronize(self.device)
-        random_state = self._generator.get_state()
-        try:
-            self._graph = StepGraph(self._update, self._generator, picked)
-        except RuntimeError as error:
-            # A failed capture leaves its generator unusable.
-            self._generator = torch.Generator(self.device)
-            self._generator.set_state(random_state)
-            log.warning("recovering without a CUDA graph, which is slower: %s", error)
+        self._graph, self._generator = captured("recovering", self._update, self._generator, picked)
 
     def _update(self, picked: Int[Tensor, " rays"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         count = min(self.recipe.photo_rays, len(self.pool))

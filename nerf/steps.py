@@ -6,7 +6,6 @@ fine samples, density noise of all), so that runs of different backends can be c
 and a training may go on with another one.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -19,14 +18,12 @@ from nerf.backends import Resolved
 from nerf.cameras import Rays
 from nerf.devices import arithmetic
 from nerf.field import NerfModel
-from nerf.graphs import StepGraph
+from nerf.graphs import StepGraph, captured
 from nerf.pool import RayPool
 from nerf.recipe import Recipe
 from nerf.rendering import RandomNumbers, RenderSettings, render_rays
 from nerf.sampling import Draws, ShareOfDraws
 from nerf.shares import Share
-
-log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -184,15 +181,9 @@ class EagerSteps:
 
     def _capture(self, picked: Int[Tensor, " rays"]) -> None:
         job = self.job
-        torch.cuda.synchronize(job.device)
-        random_state = job.generator.get_state()
-        try:
-            self._graph = StepGraph(self._update, job.generator, picked, alone=job.share is None)
-        except RuntimeError as error:
-            # A failed capture leaves its generator unusable.
-            job.generator = torch.Generator(job.device)
-            job.generator.set_state(random_state)
-            log.warning("training without a CUDA graph, which is slower: %s", error)
+        self._graph, job.generator = captured(
+            "training", self._update, job.generator, picked, alone=job.share is None
+        )
 
     def _backward(self, picked: Int[Tensor, " rays"]) -> Losses:
         """Gradients of the losses; on a CPU part by part, so that activations stay in the cache."""

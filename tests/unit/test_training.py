@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nerf import steps
+from nerf import graphs, steps
 from nerf.devices import arithmetic
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, SampleCounts
@@ -498,3 +498,32 @@ def test_a_batch_larger_than_the_scene_is_the_whole_scene():
 def test_recipes_that_cannot_be_are_refused(wrong, said, unchecked_types):
     with pytest.raises(ValueError, match=said):
         Recipe(**wrong)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_cannot_be_captured_goes_on_step_by_step_with_the_same_numbers(
+    monkeypatch, caplog, works
+):
+    """Capturing itself needs a GPU; this is what is done around it."""
+
+    class Graph(graphs.StepGraph[object]):
+        def __init__(self, function, generator, *inputs, alone):
+            torch.rand(3, generator=generator)  # nothing that was drawn meanwhile counts
+            if not works:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.given = function, inputs, alone
+
+    monkeypatch.setattr(graphs, "StepGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    generator = torch.Generator().manual_seed(4)
+    expected = torch.rand(5, generator=torch.Generator().manual_seed(4))
+    one = torch.ones(1)
+    graph, left = graphs.captured("training", abs, generator, one, alone=False)
+    if works:
+        assert graph.given == (abs, (one,), False)
+        assert left is generator
+        return
+    assert graph is None
+    assert left is not generator
+    assert torch.equal(torch.rand(5, generator=left), expected)
+    assert "training without a CUDA graph, which is slower: operation not permitted" in caplog.text
