@@ -32,6 +32,10 @@ def plan(options: argparse.Namespace) -> int:
     for what in ("trainings", "calibrations", "trials"):
         count = summary[what]
         print(f"  {what:<13} {count['total']:>7,}   {count['cached']:,} done already")
+    if summary["controls"]:
+        print("  of them controls, trained beside the recoveries for comparison:")
+    for name, count in summary["controls"].items():
+        print(f"    {name:<21} {count['total']:>7,}   {count['cached']:,} done already")
     combinations = summary["trials"]["combinations"]
     if combinations != summary["trials"]["total"]:
         print(f"  ({combinations:,} combinations; those that make no difference run once)")

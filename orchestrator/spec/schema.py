@@ -516,6 +516,19 @@ class RecoverSection(_Section):
             "iterations; with `sizes`, a narrow NeRF of the same file size from scratch"
         ),
     ] = ["dense_longer", "narrow"]
+    control_iterations: Annotated[
+        list[Count],
+        Listed,
+        Field(
+            description="optimiser steps of the controls, e.g. for as much time as training and "
+            "recovery take together; where it is not given, those of the recovery"
+        ),
+    ] = []
+    control_learning_rate: Annotated[
+        list[PositiveFloat],
+        Listed,
+        Field(description="of the controls; where it is not given, that of the recovery"),
+    ] = []
 
 
 METHOD = {
