@@ -245,9 +245,10 @@ class FusedSteps:
         volume.begin_step[(triton.cdiv(self._rays, RAYS_A_PROGRAM),)](
             self._batches.order, self._batches.counter, rays.origins, rays.directions,
             rays.view_directions, job.pool.colors, self._jitter[self._part], self._strata,
-            self._origins, self._directions, self._lengths, self._colors, self._encoded, self._t_coarse,
-            self._constants, self._schedule, self._batches.count, self._rays, self._n_coarse,
-            self._octaves, PADDED=power_of_two(self._n_coarse), BLOCK=RAYS_A_PROGRAM, num_warps=4,
+            self._origins, self._directions, self._lengths, self._colors, self._encoded,
+            self._t_coarse, self._constants, self._schedule, self._batches.count, self._rays,
+            self._n_coarse, self._octaves, PADDED=power_of_two(self._n_coarse),
+            BLOCK=RAYS_A_PROGRAM, num_warps=4,
         )  # fmt: skip
         for field in self._fields.values():
             field.pack()

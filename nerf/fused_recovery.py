@@ -259,7 +259,8 @@ class FusedRecovery:
         self._gradients()
         rounded.row_gradients[(self._rows.count,)](
             self._rows.table, self._values, self._field.gradients, self._more.gradients,
-            self._start, self._tops, self._changes, self._g_changes, self._first, self._stack, self._costs,
+            self._start, self._tops, self._changes, self._g_changes, self._first, self._stack,
+            self._costs,
             self._stack.shape[1], self._stack.shape[2], BETA=MOMENTUM, ROUND=self._rounds,
             SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._rows.padded,
             num_warps=4,

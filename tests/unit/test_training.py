@@ -240,7 +240,9 @@ def test_an_interrupted_training_by_muon_is_the_undisturbed_one_bit_for_bit(tmp_
     resumed = trainer_of(recipe=MUON)
     resumed.load(tmp_path / "state")
     resumed.advance(7)
-    for of, other in zip(resumed.model.fine.parameters(), whole.model.fine.parameters()):
+    for of, other in zip(
+        resumed.model.fine.parameters(), whole.model.fine.parameters(), strict=True
+    ):
         assert torch.equal(of, other)
     with pytest.raises(CheckpointError, match="another shape"):  # it has no second moments
         trainer_of().load(tmp_path / "state")
