@@ -794,10 +794,18 @@ def _training_key(sweep: Sweep, fingerprint: str, recipe: Recipe, seed: int) -> 
             "scene": fingerprint,
             "shape": asdict(sweep.shape),
             "samples": asdict(sweep.samples),
-            "recipe": _without(asdict(recipe), validation=0.0),
+            "recipe": _recipe_identity(recipe),
             "seed": seed,
         }
     )
+
+
+def _recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What goes into keys; what makes no difference is left out."""
+    settings = _without(asdict(recipe), validation=0.0, optimizer="adam", anneal="exponential")
+    if recipe.anneal == "cosine":
+        del settings["decay"], settings["decay_iterations"]
+    return settings
 
 
 def _result_key(sweep: Sweep, training: str) -> str:

@@ -366,6 +366,8 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             density_noise=train.density_noise,
             precision=train.precision,
             validation=train.validation,
+            optimizer=train.optimizer,
+            anneal=train.anneal,
         )
         for iterations, rays, rate in itertools.product(
             dict.fromkeys(train.iterations),
@@ -436,8 +438,10 @@ _LATER: dict[str, Any] = {
 
 
 def _without_later_defaults(identity: dict[str, Any]) -> dict[str, Any]:
-    if identity["train"]["validation"] == 0.0:
-        del identity["train"]["validation"]
+    train = identity["train"]
+    for name, default in {"validation": 0.0, "optimizer": "adam", "anneal": "exponential"}.items():
+        if train[name] == default:
+            del train[name]
     for grid in identity["prune"]:
         for name, default in _LATER.items():
             if grid[name] == default:

@@ -181,6 +181,8 @@ EVALUATION = {"results", "trials"}
         ({"train__precision": "bfloat16"}, TRAINING),
         ({"train__validation": 0.02}, TRAINING),
         ({"train__validation": 0}, TRAINING),
+        ({"train__optimizer": "muon"}, TRAINING),
+        ({"train__anneal": "cosine"}, TRAINING),
         ({"train__seeds": 1}, TRAINING),
         ({"train__network__width": 9}, TRAINING),
         ({"train__network__depth": 4}, TRAINING),
