@@ -11,8 +11,8 @@
 Both use the fern of ``$PRUNEFIELD_DATA`` where there is one, else the demo scene.
 
 ``training``: both numbers of GPUs train the same batches from the same seed; the last columns
-compare the losses. The fused kernels train on one GPU only: both sides run on the backend named,
-compiled by default.
+compare the losses. Both sides run on the backend named; by default on the fused kernels where they
+can.
 
 ``sweep``: four trainings (one a GPU, if there are more GPUs) and 36 prunings of each. Which GPU
 did what is noted by the workers, who know it from Ray; how busy each was is sampled from nvidia-smi
@@ -36,7 +36,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -88,7 +88,7 @@ def main() -> None:
     )
     parser.add_argument("--warm-up", type=int, default=200)
     parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--backend", default="compiled", choices=("eager", "compiled"))
+    parser.add_argument("--backend", default="auto", choices=get_args(Backend))
     parser.add_argument("--train-gpus", type=int, default=1, help="of each training of the sweep")
     parser.add_argument("--only", action="store_true", help="the sweep: not on one GPU, too")
     parser.add_argument("--cpu", action="store_true")
