@@ -6,10 +6,11 @@
 Trains the real fern by each of `--recipes` from the same seed for `--seconds` of training and
 measures whole held-out views (bfloat16, the backend of `--backend`) every `--every` seconds of it;
 measuring and compiling do not count. A recipe is a preset of `train.preset`; or rays:learning rate,
-with the decay that keeps to the rays seen; or rays:learning rate:iterations, by Muon along a cosine.
-The time to a level is interpolated between the two measurements around it. Where the learning rate
-falls exponentially, a recipe's own end (its iterations) does not matter here: it falls as it would on
-the way there. Along a cosine the end is where most is gained, so such a recipe is run to it.
+with the decay that keeps to the rays seen; or rays:learning rate:iterations, by Muon along a
+cosine. The time to a level is interpolated between the two measurements around it. Where the
+learning rate falls exponentially, a recipe's own end (its iterations) does not matter here: it
+falls as it would on the way there. Along a cosine the end is where most is gained, so such a recipe
+is run to it.
 """
 
 import argparse
