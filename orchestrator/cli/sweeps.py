@@ -20,6 +20,7 @@ def validate(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Show what would run."""
     from orchestrator.plan import make_plan
+    from orchestrator.search.summary import searched
     from orchestrator.sweep import open_sweep
 
     sweep, store = open_sweep(options.file)
@@ -32,6 +33,10 @@ def plan(options: argparse.Namespace) -> int:
     for what in ("trainings", "calibrations", "trials"):
         count = summary[what]
         print(f"  {what:<13} {count['total']:>7,}   {count['cached']:,} done already")
+    for search in made.searches:
+        of = searched(search, store)
+        tried = len(of.trials) + len(of.failed)
+        print(f"  {'search trials':<13} {search.settings.trials:>7,}   {tried:,} done already")
     combinations = summary["trials"]["combinations"]
     if combinations != summary["trials"]["total"]:
         print(f"  ({combinations:,} combinations; those that make no difference run once)")

@@ -39,7 +39,7 @@ INFO = SweepInfo(
     hardware=SYNTHETIC,
     seed=0,
     created="2026-01-02T03:04:05+00:00",
-    planned={"trainings": 1, "trials": 2},
+    planned={"training": 1, "trial": 2},
 )
 
 
