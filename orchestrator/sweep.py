@@ -260,6 +260,7 @@ def report_data(results: Results, store: Store) -> ReportData:
         commit=Origin.here().commit,
         seed=sweep.train_seeds[0],
         scene=sweep.scene.path.name if sweep.scene.path else "",
+        scene_path=sweep.scene.path and sweep.scene.path.absolute(),
     )
 
 
