@@ -72,6 +72,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._closed = True
+        if kind is None:
+            self._total = self._done  # of a search, only about how many was known
         if self._live is not None:
             self._live.stop()
         if self._total and kind is None:
