@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nerf.evaluation import ERROR_MAP_FULL_SCALE
 from orchestrator import pareto
 from orchestrator.pareto import Rays
 from orchestrator.report import effects
@@ -54,6 +55,7 @@ def payload(data: ReportData, album: Album) -> str:
             "gap": _shares(effects.importance(data.done, effects.below_front(data, quality))),
         },
         "published": _published(data, album),
+        "error_white": ERROR_MAP_FULL_SCALE,
         "views": album.views,
         "pictures": album.renders,
         "truth": album.truth,
