@@ -586,6 +586,9 @@ def test_the_sweeps_run_carries_pictures_tables_and_views_of_the_front(store: St
     chosen = seen.client.search_runs([seen.experiment_id], state["searchFilter"])
     assert {r.data.tags[names.KEY] for r in chosen} == {dense.key, *(t.key for t in trials)}
     assert state["runsHiddenMode"] == "SHOW_ALL"
+    assert "viewStateShareKey" in found.table
+    assert "compareRunsMode=TABLE" in found.table
+    assert {"params.`ratio`", "metrics.`psnr`"} < set(state["selectedColumns"])
     (grid,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE"]
     (key,) = grid["imageKeys"]
     for run in seen.runs:
