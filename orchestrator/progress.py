@@ -25,6 +25,8 @@ from orchestrator.units import show_bytes
 
 LINE_SECONDS = 5.0
 GPU_SECONDS = 2.0
+REPORTED = ("iteration", "loss", "train_psnr", "rate")
+"""What a training says of itself; Ray Tune adds ids, addresses and times of its own."""
 
 
 class Progress:
@@ -104,7 +106,7 @@ class Progress:
     def progress(self, training: Training, report: Mapping[str, Any]) -> None:
         """A training reports where it stands."""
         with self._lock:
-            self._training[training.key] = report
+            self._training[training.key] = {k: report[k] for k in REPORTED if k in report}
             self._iterations[training.key] = training.recipe.iterations
         self._tell()
 

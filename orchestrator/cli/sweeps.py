@@ -50,18 +50,22 @@ def plan(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """Run what a sweep misses, then print the front and where to look."""
     from orchestrator.progress import Progress
-    from orchestrator.report import table
+    from orchestrator.report import front_json, table
     from orchestrator.sweep import run as run_sweep
 
     finished = run_sweep(options.file, Progress(as_json=True) if options.json else None)
+    failed = len(finished.results.failed)
+    if options.json:
+        found = {**front_json(finished.data), "report": str(finished.report.html)}
+        print(json.dumps(found, indent=1))
+        return 1 if failed else 0
     print(table(finished.data, only_front=len(finished.data.done) > MANY))
     print(f"\nreport: {finished.report.html}")
     if bundle_info() is None:  # a shipped file is no place to look again
         print(f"MLflow: prunefield ui {options.file}")
-    if finished.results.failed:
-        print(f"{len(finished.results.failed)} failed; they are listed in the report")
-        return 1
-    return 0
+    if failed:
+        print(f"{failed} failed; they are listed in the report")
+    return 1 if failed else 0
 
 
 def report(options: argparse.Namespace) -> int:

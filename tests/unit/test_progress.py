@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from orchestrator.cli import main
 from orchestrator.panel import gpus, line, thinned
 from orchestrator.pareto import front, points
 from orchestrator.progress import GpuUse, Progress, gpu_use
@@ -82,7 +84,8 @@ def test_time_left_is_of_the_sweep_beside_that_of_its_trainings() -> None:
     show.started(20)
     training = SimpleNamespace(key="ab" * 8, recipe=SimpleNamespace(iterations=400))
     report = {"iteration": 100, "rate": 10.0, "loss": 0.01, "train_psnr": 20.0}
-    show.progress(training, report)
+    show.progress(training, {**report, "node_ip": "127.0.0.1"})
+    assert show.state()["trainings"] == {training.key: {**report, "iterations": 400}}
     assert (show.state()["stage"], show.state()["left_seconds"]) == ("training", None)
     assert "10 it/s, about 0:30 left" in out.getvalue()
     show.progress(training, {**report, "iteration": 400})
@@ -153,3 +156,16 @@ def test_gpu_use_comes_from_nvidias_tool(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu_use() == []
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert gpu_use() == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_run_as_json_prints_nothing_else(
+    write_results: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_results()
+    assert main(["run", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert Path(said["report"]).is_file()
+    assert main(["front", str(path), "--json"]) == 0
+    front_alone = json.loads(capsys.readouterr().out)
+    assert {name: said[name] for name in front_alone} == front_alone
