@@ -248,7 +248,7 @@
     }
     for (const p of ghosts) {
       g.append(h("path", { d: shape("triangle", x(p.x), y(p.y), 5.5), fill: "none", stroke: "var(--soft)",
-        "stroke-width": 1.5, class: "ghost" }));
+        "stroke-width": 1.5, "stroke-dasharray": p.published.same ? null : "2.5 1.5", class: "ghost" }));
     }
     const order = [...dots].sort((a, b) => onFront.has(a.model.id) - onFront.has(b.model.id));
     for (const p of order) {
@@ -288,12 +288,15 @@
     });
   }
   function nameBaselines(box, others, ghosts, front, x, y) {
-    const taken = [...others, ...front].map((p) => [x(p.x) - 6, y(p.y) - 7, 12]);
+    const mark = (p) => [x(p.x) - 6, y(p.y) - 7, 12];
+    const taken = [...others, ...front].map(mark);
     const wanted = [...others.map((p) => [p, p.model.role]), ...ghosts.map((p) => [p, p.published.name])];
     const named = new Set();
+    let own = true; // the sweep's own names come first, published marks give way to them
     for (const [p, text] of wanted) {
       if (named.has(text)) continue;
       named.add(text);
+      if (p.published && own) { own = false; taken.push(...ghosts.map(mark)); }
       let placed = false;
       const name = h("text", { class: "name", "fill-opacity": p.published ? 0.7 : 1 }, text);
       box.svg.append(name);
@@ -435,7 +438,7 @@
       h("li", {}, ({ circle: "●", diamond: "◆", triangle: "▲", square: "■" })[SHAPES[n]] || "●", " " + n)),
     h("li", {}, "★ baseline"), h("li", {}, "━ front"),
     ...(data.published.some((p) => p.same) && state.published ? [h("li", {}, "△ published")] : []),
-    ...(state.elsewhere ? [h("li", {}, "△ published for another resolution or as a mean over scenes: " +
+    ...(state.elsewhere ? [h("li", {}, "△ dashed: published for another resolution or as a mean over scenes, " +
       "not directly comparable")] : []));
     count();
   }
