@@ -2,8 +2,10 @@
 
 A training step is a few dozen launches that never leave the device, captured as one CUDA graph:
 rays of the iteration, coarse samples, coarse network, compositing with its gradients and the fine
-samples, fine network, compositing, both networks backward, Adam, and the counting of the step. The
-weights of the model are views of the kernels' flat vectors, so the model is always up to date.
+samples, fine network, compositing, both networks backward, the optimisers, and the counting of the
+step. The weights of the model are views of the kernels' flat vectors, so the model is always up to
+date. Where several GPUs share a training, each works on its rays, and their gradients are summed
+before the optimisers, within the graph.
 """
 
 import math
@@ -21,10 +23,13 @@ from nerf.encoding import encode
 from nerf.errors import NerfError
 from nerf.field import Field, FieldShape, NerfModel
 from nerf.graphs import StepGraph, captured
-from nerf.kernels import adam, volume
+from nerf.kernels import adam, rounded, volume
 from nerf.kernels.mlp import FusedField, PackedField, compile_widths
+from nerf.muon import MOMENTUM, orthogonalized
 from nerf.pool import Batches
+from nerf.recipe import WARMUP
 from nerf.rendering import RenderSettings
+from nerf.rows import Rows, stack_of
 from nerf.sampling import strata
 from nerf.steps import BETAS, EPSILON, Job, Losses, Moments
 
@@ -56,8 +61,11 @@ class FusedSteps:
         model, recipe, pool, device = job.model, job.recipe, job.pool, job.device
         self.job = job
         check_kernels(device)
-        self._rays = rays = min(recipe.rays, len(pool))
-        self._batches = Batches(pool, job.seed, rays, device)
+        self._batch = batch = job.batch
+        first, stop = (0, batch) if job.share is None else job.share.bounds(batch)
+        self._part, self._rays = slice(first, stop), stop - first
+        rays = self._rays
+        self._batches = Batches(pool, job.seed, batch, device, self._part)
         self._n_coarse, self._n_fine = model.samples.coarse, model.samples.fine
         n_all = self._n_coarse + self._n_fine
         self._coarse = FusedField(model.coarse.shape, rays, self._n_coarse, device)
@@ -69,21 +77,28 @@ class FusedSteps:
 
         self._first = {name: empty(f.plan.count) for name, f in self._fields.items()}
         self._second = {name: empty(f.plan.count) for name, f in self._fields.items()}
+        cosine = recipe.anneal == "cosine"
         self._constants = torch.tensor(
             [
                 recipe.learning_rate,
-                math.log(recipe.decay) / recipe.decay_iterations,
+                0.0 if cosine else math.log(recipe.decay) / recipe.decay_iterations,
                 *(math.log(beta) for beta in BETAS),
+                max(1.0, WARMUP * recipe.iterations) if cosine else 1.0,
+                math.pi / recipe.iterations if cosine else 0.0,
             ],
             dtype=torch.float64,
             device=device,
         )
-        self._schedule, self._sums = empty(2), empty(2)
+        self._schedule, self._sums = empty(5), empty(2)
+        self._rows: dict[str, Rows] = {}
+        if recipe.optimizer == "muon":
+            self._lay_out_rows()
         settings = job.settings
         lower, upper = strata(self._n_coarse, settings.near, settings.far, device)
         self._strata = torch.stack((lower, upper - lower))
-        self._jitter, self._u = empty(rays, self._n_coarse), empty(rays, self._n_fine)
-        self._coarse_noise, self._fine_noise = empty(rays, self._n_coarse), empty(rays, n_all)
+        # Drawn for the whole batch, whoever works on it.
+        self._jitter, self._u = empty(batch, self._n_coarse), empty(batch, self._n_fine)
+        self._coarse_noise, self._fine_noise = empty(batch, self._n_coarse), empty(batch, n_all)
         self._origins, self._directions, self._colors = (empty(rays, 3) for _ in range(3))
         self._lengths = empty(rays)
         # Both networks encode directions alike unless their shapes say otherwise.
@@ -101,6 +116,17 @@ class FusedSteps:
         self._try()
         compile_widths(device, model.fine.shape)
 
+    def _lay_out_rows(self) -> None:
+        """What Muon needs: the rows of both networks, and room for all of their matrices."""
+        matrices: list[tuple[int, ...]] = []
+        for name, field in self._fields.items():
+            rows = Rows(name, field.shape, field.plan, True, self.job.device, len(matrices))
+            self._rows[name] = rows
+            matrices += rows.matrix_sizes
+        self._stack = stack_of(matrices, self.job.device)
+        most = max(field.plan.count for field in self._fields.values())
+        self._nothing = torch.zeros(most, device=self.job.device)
+
     def _adopt(self) -> None:
         """Make the model's weights views of the flat vectors."""
         for name, field in self.job.model.networks().items():
@@ -117,6 +143,8 @@ class FusedSteps:
             order = self._batches.order
             order.copy_(torch.arange(len(order)))
             self._losses_and_gradients()
+            if self._rows:
+                self._by_rows(update=False)
         if job.device.type == "cuda":
             torch.cuda.synchronize(job.device)
         errors = torch.stack((self._coarse_errors, self._fine_errors))
@@ -140,14 +168,35 @@ class FusedSteps:
                 else:
                     self._graph()
                 self._batches.counted()
-        coarse, fine = self._sums.clone().unbind()
+        sums = self._sums.clone()
+        if self.job.share is not None:
+            sums = self.job.share.total(sums * (self._rays / self._batch))
+        coarse, fine = sums.unbind()
         return coarse, fine
 
     def _capture(self) -> None:
-        self._graph, self.job.generator = captured("training", self._step, self.job.generator)
+        self._graph, self.job.generator = captured(
+            "training", self._step, self.job.generator, alone=self.job.share is None
+        )
 
     def _step(self) -> None:
         self._losses_and_gradients()
+        if self.job.share is not None:
+            self.job.share.add_up([field.gradients for field in self._fields.values()])
+        self._update()
+
+    def _update(self) -> None:
+        """What follows once the gradients of the whole batch are there."""
+        if self._rows:
+            self._by_rows(update=True)
+        else:
+            self._by_adam()
+        volume.end_step[(1,)](
+            self._batches.counter, self._coarse_errors, self._fine_errors, self._sums, self._rays,
+            PADDED=ERRORS_A_STEP, num_warps=4,
+        )  # fmt: skip
+
+    def _by_adam(self) -> None:
         for name, field in self._fields.items():
             count = field.plan.count
             adam.adam[(triton.cdiv(count, PARAMETERS_A_PROGRAM),)](
@@ -155,10 +204,32 @@ class FusedSteps:
                 self._schedule, count, BETA_1=BETAS[0], BETA_2=BETAS[1], EPSILON=EPSILON,
                 BLOCK=PARAMETERS_A_PROGRAM, num_warps=4,
             )  # fmt: skip
-        volume.end_step[(1,)](
-            self._batches.counter, self._coarse_errors, self._fine_errors, self._sums, self._rays,
-            PADDED=ERRORS_A_STEP, num_warps=4,
-        )  # fmt: skip
+
+    def _by_rows(self, update: bool) -> None:
+        """Muon for the matrices, Adam for the rest; without `update` nothing changes but gradients.
+
+        The kernels are those of weights that are rounded in training; here none are.
+        """
+        unused = self._schedule
+        height, width = self._stack.shape[1:]
+        for name, field in self._fields.items():
+            rows = self._rows[name]
+            momentum = self._first[name] if update else self._nothing.clone()
+            rounded.row_gradients[(rows.count,)](
+                rows.table, field.parameters, field.gradients, self._nothing, unused, unused,
+                unused, unused, momentum, self._stack, unused, height, width, BETA=MOMENTUM,
+                ROUND=False, SQUEEZE=False, MUON=True, PADDED=rows.padded, num_warps=4,
+            )  # fmt: skip
+        self._stack.copy_(orthogonalized(self._stack))
+        for name, field in self._fields.items():
+            rows = self._rows[name]
+            rounded.update_rows[(rows.count,)](
+                rows.table, rows.factors, field.parameters, field.parameters, field.gradients,
+                self._first[name], self._second[name], unused, unused, unused, unused,
+                self._stack, self._schedule, unused, height, width, field.plan.count,
+                BETA_1=BETAS[0], BETA_2=BETAS[1], EPSILON=EPSILON, UPDATE=update, ROUND=False,
+                SQUEEZE=False, MUON=True, PADDED=rows.padded, num_warps=4,
+            )  # fmt: skip
 
     def _losses_and_gradients(self) -> None:
         job = self.job
@@ -173,10 +244,11 @@ class FusedSteps:
         rays = job.pool.rays
         volume.begin_step[(triton.cdiv(self._rays, RAYS_A_PROGRAM),)](
             self._batches.order, self._batches.counter, rays.origins, rays.directions,
-            rays.view_directions, job.pool.colors, self._jitter, self._strata, self._origins,
-            self._directions, self._lengths, self._colors, self._encoded, self._t_coarse,
-            self._constants, self._schedule, self._batches.count, self._rays, self._n_coarse,
-            self._octaves, PADDED=power_of_two(self._n_coarse), BLOCK=RAYS_A_PROGRAM, num_warps=4,
+            rays.view_directions, job.pool.colors, self._jitter[self._part], self._strata,
+            self._origins, self._directions, self._lengths, self._colors, self._encoded,
+            self._t_coarse, self._constants, self._schedule, self._batches.count, self._rays,
+            self._n_coarse, self._octaves, PADDED=power_of_two(self._n_coarse),
+            BLOCK=RAYS_A_PROGRAM, num_warps=4,
         )  # fmt: skip
         for field in self._fields.values():
             field.pack()
@@ -192,10 +264,11 @@ class FusedSteps:
         field, coarse = self._fields[network], network == "coarse"
         g_density, g_rgb = self._g[network]
         samples = t.shape[1]
+        noise, u = noise[self._part], self._u[self._part]
         volume.composite[(self._rays,)](
-            field.density, field.rgb, t, self._lengths, noise, self._u, self._colors, errors,
+            field.density, field.rgb, t, self._lengths, noise, u, self._colors, errors,
             g_density, g_rgb, self._t_fine, t, t, samples, self._n_fine, samples, self._n_fine,
-            self.job.recipe.density_noise, 1.0 / (3 * self._rays), TRAIN=True, COLOR=False,
+            self.job.recipe.density_noise, 1.0 / (3 * self._batch), TRAIN=True, COLOR=False,
             WHITE=self.job.settings.white_background, IMPORTANCE=coarse, SPLIT=False,
             PADDED=power_of_two(samples), DRAWN=power_of_two(self._n_fine) if coarse else 1,
             num_warps=4 if coarse else 1,
@@ -204,23 +277,24 @@ class FusedSteps:
     # --- state -----------------------------------------------------------------------------
 
     def moments(self) -> Moments:
-        """Adam's moments, see `nerf.steps.Steps.moments`."""
-        found = {}
+        """Where the optimisers stand, see `nerf.steps.Steps.moments`."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        matrices = {name for rows in self._rows.values() for name in rows.matrices}
         for network, field in self._fields.items():
-            for name in field.plan.parameters:
-                found[f"{network}.{name}"] = (
-                    field.plan.view(self._first[network], name),
-                    field.plan.view(self._second[network], name),
-                )
+            for parameter in field.plan.parameters:
+                name = f"{network}.{parameter}"
+                first = field.plan.view(self._first[network], parameter)
+                second = field.plan.view(self._second[network], parameter)
+                found[name] = first, None if name in matrices else second
         return found
 
     def restore(self, iteration: int, moments: Moments) -> None:
         """Go on from elsewhere, see `nerf.steps.Steps.restore`."""
         self._batches.go_to(iteration)
-        own = self.moments()
-        for name, (first, second) in own.items():
-            for mine, other in ((first, moments.get(name, (None, None))[0]),
-                                (second, moments.get(name, (None, None))[1])):  # fmt: skip
+        for name, own in self.moments().items():
+            for mine, other in zip(own, moments.get(name, (None, None)), strict=True):
+                if mine is None:
+                    continue
                 if other is None:
                     mine.zero_()
                 else:

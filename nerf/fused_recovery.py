@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nerf.backends import power_of_two
 from nerf.devices import arithmetic
-from nerf.field import LayerSpec, NerfModel
+from nerf.field import NerfModel
 from nerf.fused import (
     ERRORS_A_STEP,
     RAYS_A_PROGRAM,
@@ -26,12 +26,13 @@ from nerf.fused import (
 from nerf.graphs import StepGraph, captured
 from nerf.kernels import rounded, volume
 from nerf.kernels.mlp import FusedField
-from nerf.muon import MOMENTUM, for_muon, orthogonalized, step_factor
+from nerf.muon import MOMENTUM, orthogonalized
 from nerf.pool import Batches, RayPool
 from nerf.recipe import MOST_EXCESS, PRICE_GAIN, SHARED_COARSE, RecoveryRecipe, Squeeze
 from nerf.recovery import Moments
 from nerf.rendering import RenderSettings
 from nerf.rounding import RoundedLayer, levels, parse_scheme
+from nerf.rows import Rows, stack_of
 from nerf.sampling import strata
 from nerf.steps import BETAS, EPSILON
 
@@ -80,7 +81,8 @@ class FusedRecovery:
         self._more.compute_as(self._field)
         self._plan = plan = self._field.plan
         self._muon = recipe.optimizer == "muon"
-        self._lay_out(shape.layers())
+        self._rows = Rows("fine", shape, plan, self._muon, device)
+        self._stack = stack_of(self._rows.matrix_sizes, device)
 
         def empty(*size: int) -> Tensor:
             return torch.zeros(*size, device=device)
@@ -90,9 +92,9 @@ class FusedRecovery:
             view = plan.view(self._values, name)
             view.copy_(parameter.data)
             parameter.data = view
-        self._first, self._second = (empty(plan.count + self._rows) for _ in range(2))
-        self._start, self._tops = empty(self._rows), empty(self._rows)
-        self._changes, self._g_changes = empty(self._rows), empty(self._rows)
+        self._first, self._second = (empty(plan.count + self._rows.count) for _ in range(2))
+        self._start, self._tops = empty(self._rows.count), empty(self._rows.count)
+        self._changes, self._g_changes = empty(self._rows.count), empty(self._rows.count)
         self._rounds = False
         self._rounded_since = 0
         self._squeeze: Squeeze | None = None
@@ -104,8 +106,8 @@ class FusedRecovery:
         self._code_sums, self._costs = empty(self._layers), empty(self._layers)
         self._allocate(samples.coarse, samples.fine)
         # `begin_step` makes the schedule of a plain training of it, which is not used.
-        self._constants = torch.full((4,), -1.0, dtype=torch.float64, device=device)
-        self._unused = empty(2)
+        self._constants = torch.full((6,), -1.0, dtype=torch.float64, device=device)
+        self._unused = empty(SCHEDULE)
         self._schedule = empty(1, SCHEDULE)
         self._schedules = self._planned()
         self._renew()
@@ -136,31 +138,6 @@ class FusedRecovery:
         self._g = empty(rays, self._n), empty(rays, self._n, 3)
         self._g_more = empty(rays, self._drawn), empty(rays, self._drawn, 3)
         self._sums = empty(3)
-
-    def _lay_out(self, layers: tuple[LayerSpec, ...]) -> None:
-        """The table of rows, and the matrices of Muon."""
-        plan = self._plan
-        named = {f"fine.{name}": size for name, (_, size) in plan.parameters.items()}
-        names = for_muon({name: torch.empty(size) for name, size in named.items()})
-        self._matrices = names if self._muon else ()
-        sizes = [named[name] for name in self._matrices]
-        height = max((size[0] for size in sizes), default=0)
-        width = max((size[1] for size in sizes), default=0)
-        self._stack = torch.zeros(len(sizes), height, width, device=self.device)
-        table, factors = [], []
-        for number, layer in enumerate(layers):
-            weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
-            found = f"fine.{weight}" in self._matrices
-            slot = self._matrices.index(f"fine.{weight}") if found else -1
-            at, size = plan.parameters[weight]
-            for row in range(size[0]):
-                place = plan.parameters[bias][0] + row
-                table.append((at + row * size[1], size[1], place, number, slot, row))
-                factors.append(step_factor(size))
-        self._table = torch.tensor(table, dtype=torch.int32, device=self.device)
-        self._factors = torch.tensor(factors, device=self.device)
-        self._rows = len(table)
-        self._widest = power_of_two(int(self._table[:, 1].max()))
 
     def _planned(self) -> Tensor:
         """The schedule of every iteration, see `nerf.kernels.rounded.update_rows`."""
@@ -280,11 +257,13 @@ class FusedRecovery:
                 PADDED=power_of_two(self._layers), num_warps=1,
             )  # fmt: skip
         self._gradients()
-        rounded.row_gradients[(self._rows,)](
-            self._table, self._values, self._field.gradients, self._more.gradients, self._start,
-            self._tops, self._changes, self._g_changes, self._first, self._stack, self._costs,
+        rounded.row_gradients[(self._rows.count,)](
+            self._rows.table, self._values, self._field.gradients, self._more.gradients,
+            self._start, self._tops, self._changes, self._g_changes, self._first, self._stack,
+            self._costs,
             self._stack.shape[1], self._stack.shape[2], BETA=MOMENTUM, ROUND=self._rounds,
-            SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._widest, num_warps=4,
+            SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._rows.padded,
+            num_warps=4,
         )  # fmt: skip
         if self._muon:
             self._stack.copy_(orthogonalized(self._stack))
@@ -295,13 +274,14 @@ class FusedRecovery:
         )  # fmt: skip
 
     def _update(self, update: bool) -> None:
-        rounded.update_rows[(self._rows,)](
-            self._table, self._factors, self._values, self._field.parameters,
+        rounded.update_rows[(self._rows.count,)](
+            self._rows.table, self._rows.factors, self._values, self._field.parameters,
             self._field.gradients, self._first, self._second, self._start, self._tops,
             self._changes, self._g_changes, self._stack, self._schedule, self._code_sums,
             self._stack.shape[1], self._stack.shape[2], self._plan.count, BETA_1=BETAS[0],
             BETA_2=BETAS[1], EPSILON=EPSILON, UPDATE=update, ROUND=self._rounds,
-            SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._widest, num_warps=4,
+            SQUEEZE=self._squeeze is not None, MUON=self._muon, PADDED=self._rows.padded,
+            num_warps=4,
         )  # fmt: skip
 
     def _gradients(self) -> None:
@@ -337,7 +317,7 @@ class FusedRecovery:
     def _moments_of(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Views of both moments by the name of what is trained."""
         for name in self._plan.parameters:
-            second = None if f"fine.{name}" in self._matrices else self._second
+            second = None if f"fine.{name}" in self._rows.matrices else self._second
             view = self._plan.view
             yield (
                 f"fine.{name}",

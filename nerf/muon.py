@@ -57,11 +57,13 @@ def orthogonalized(
     """orth(U) of several matrices, about; those that are smaller are filled up with zeros.
 
     Args:
-        stack: the matrices; bfloat16 is precise enough to compute in.
+        stack: the matrices. On a GPU bfloat16 is precise enough to compute in, and the fastest.
     """
     with arithmetic("float32", stack.device):
         norms = stack.flatten(1).norm(dim=1).clamp(min=TINY)[:, None, None]
-        x = (stack / norms).bfloat16()
+        x = stack / norms
+        if stack.device.type == "cuda":
+            x = x.bfloat16()
         a, b, c = NEWTON_SCHULZ
         for _ in range(ITERATIONS):
             gram = torch.bmm(x, x.mT)

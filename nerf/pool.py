@@ -67,16 +67,21 @@ class Batches:
         seed: of their orders.
         rays: rays a batch.
         device: where the kernels run.
+        part: which rays of each batch are wanted; all if None.
 
     Attributes:
         count: whole batches of an epoch.
-        order: (pool,) int32, all rays in the order of the epoch at hand.
+        order: (count · wanted,) int32, the wanted rays of the batches of the epoch at hand.
         counter: (1,) int64, the iteration; the kernels count it.
     """
 
-    def __init__(self, pool: RayPool, seed: int, rays: int, device: torch.device) -> None:
+    def __init__(
+        self, pool: RayPool, seed: int, rays: int, device: torch.device, part: slice | None = None
+    ) -> None:
         self.count = len(pool) // rays
-        self.order = torch.zeros(len(pool), dtype=torch.int32, device=device)
+        self._rays, self._part = rays, part or slice(0, rays)
+        wanted = len(range(rays)[self._part])
+        self.order = torch.zeros(self.count * wanted, dtype=torch.int32, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._pool, self._seed = pool, seed
         self._at = 0  # what the counter says
@@ -88,7 +93,8 @@ class Batches:
         """Say what the host has to say: another epoch's order of rays, or a jump."""
         epoch = iteration // self.count
         if epoch != self._epoch:
-            self.order.copy_(self._order_of(epoch))
+            whole = self._order_of(epoch)[: self.count * self._rays].view(self.count, -1)
+            self.order.copy_(whole[:, self._part].reshape(-1))
             self._epoch = epoch
         if iteration != self._at:
             self.go_to(iteration)

@@ -8,10 +8,18 @@ from typing import Literal, get_args
 
 from nerf.devices import PRECISIONS, Precision
 
+Optimizer = Literal["adam", "muon"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+Anneal = Literal["exponential", "cosine"]
+ANNEALS: tuple[Anneal, ...] = get_args(Anneal)
+WARMUP = 0.02
+"""Share of the iterations in which a learning rate that falls along a cosine rises first."""
+
 # Named recipes, as what they change of the defaults below. `large-batch` sees as many rays in a
 # quarter of the steps: the learning rate grows with the root of the batch (Adam), its decay keeps
-# to the rays seen, and four times the rays take less than four times as long on a GPU.
-PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+# to the rays seen, and four times the rays take less than four times as long on a GPU. `fast` is
+# what reached the report recipe's PSNR in the least time (docs/results/speed.md).
+PRESETS: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
     {
         "report": {},
         "large-batch": {
@@ -19,6 +27,13 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
             "rays": 4096,
             "learning_rate": 1e-3,
             "decay_iterations": 62_500,
+        },
+        "fast": {
+            "iterations": 20_000,
+            "rays": 2048,
+            "learning_rate": 2e-3,
+            "optimizer": "muon",
+            "anneal": "cosine",
         },
     }
 )
@@ -31,15 +46,19 @@ class Recipe:
     Attributes:
         iterations: optimiser steps.
         rays: rays an iteration, drawn from all training views, each at most once an epoch.
-        learning_rate: of Adam, at the start.
+        learning_rate: at the start, or for a cosine at its highest.
         decay: factor by which the learning rate falls every `decay_iterations`, exponentially.
         decay_iterations: see `decay`.
         density_noise: standard deviation of the noise added to the raw density.
         precision: arithmetic of the linear layers.
         validation: fraction of the pixels of each training view that is never drawn, see
             `nerf.validation`.
+        optimizer: ``adam``, or ``muon`` for the matrices (see `nerf.muon`) and Adam for the rest.
+        anneal: how the learning rate falls: ``exponential`` (by `decay`), or ``cosine``: linearly
+            up over the first `WARMUP` of all iterations, then to 0 along a half cosine.
 
     Source: Mildenhall et al. 2020, section 5.3, with the numbers of its fern configuration.
+    Loshchilov & Hutter 2017 (SGDR), eq. 5, for the cosine.
     """
 
     iterations: int = 200_000
@@ -50,6 +69,8 @@ class Recipe:
     density_noise: float = 1.0
     precision: Precision = "float32"
     validation: float = 0.0
+    optimizer: Optimizer = "adam"
+    anneal: Anneal = "exponential"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "rays", "learning_rate", "decay", "decay_iterations"):
@@ -61,17 +82,37 @@ class Recipe:
             raise ValueError(f"validation must be a fraction in [0, 1), got {self.validation!r}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {self.precision!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
+        if self.anneal not in ANNEALS:
+            raise ValueError(f"anneal must be one of {ANNEALS}, got {self.anneal!r}")
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration, counted from 0."""
+        if self.anneal == "cosine":
+            return cosine_rate(self.learning_rate, iteration, self.iterations, WARMUP)
         return self.learning_rate * self.decay ** (iteration / self.decay_iterations)
+
+
+def cosine_rate(highest: float, iteration: int, iterations: int, warmup: float) -> float:
+    """A learning rate that rises linearly, then falls to 0 along a half cosine.
+
+    Args:
+        highest: what it would be without the rise and the fall.
+        iteration: counted from 0.
+        iterations: in all.
+        warmup: share of them in which it rises.
+
+    Source: Loshchilov & Hutter 2017 (SGDR), eq. 5, for the cosine.
+    """
+    rising = max(1.0, warmup * iterations)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * iteration / iterations))
+    return highest * min(1.0, (iteration + 1) / rising) * cosine
 
 
 # --- recovery -----------------------------------------------------------------------------------
 
 Source = Literal["photos", "distill", "both"]
-Optimizer = Literal["adam", "muon"]
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 SHARED_COARSE = 0.1
 """How much the coarse picture of a shared network counts: it only has to place samples."""
@@ -92,7 +133,7 @@ class RecoveryRecipe:
     """How a pruned model is trained again.
 
     The learning rate rises linearly over the first `warmup` of all iterations and falls to 0 along
-    a half cosine.
+    a half cosine, see `cosine_rate`.
 
     Attributes:
         iterations: optimiser steps.
@@ -106,8 +147,6 @@ class RecoveryRecipe:
             rendered.
         precision: arithmetic of the linear layers.
         optimizer: ``adam``, or ``muon`` for the matrices (see `nerf.muon`) and Adam for the rest.
-
-    Source: Loshchilov & Hutter 2017 (SGDR), eq. 5, for the cosine.
     """
 
     iterations: int
@@ -143,9 +182,7 @@ class RecoveryRecipe:
 
     def rate_at(self, iteration: int) -> float:
         """The learning rate of an iteration."""
-        rising = max(1.0, self.warmup * self.iterations)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * iteration / self.iterations))
-        return self.learning_rate * min(1.0, (iteration + 1) / rising) * cosine
+        return cosine_rate(self.learning_rate, iteration, self.iterations, self.warmup)
 
     @property
     def photo_rays(self) -> int:

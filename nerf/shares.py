@@ -53,3 +53,19 @@ class Share:
             parameter.grad = flat[place : place + size].view_as(parameter)
             place += size
         return flat[-2], flat[-1]
+
+    def add_up(self, vectors: Sequence[Tensor]) -> None:
+        """Replace each vector by its sum over all processes, side by side."""
+        works = [distributed.all_reduce(vector, async_op=True) for vector in vectors]
+        for work in works:
+            work.wait()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        distributed.all_reduce(values)
+        return values
+
+    def all_can(self, can: bool, device: torch.device) -> bool:
+        """Whether all processes can do something: they have to do the same."""
+        failures = self.total(torch.tensor([0.0 if can else 1.0], device=device))
+        return not failures.any()

@@ -19,6 +19,7 @@ from nerf.cameras import Rays
 from nerf.devices import arithmetic
 from nerf.field import NerfModel
 from nerf.graphs import StepGraph, captured
+from nerf.muon import Muon, for_muon
 from nerf.pool import RayPool
 from nerf.recipe import Recipe
 from nerf.rendering import RandomNumbers, RenderSettings, render_rays
@@ -33,7 +34,8 @@ STEPS_BEFORE_CAPTURE = 5
 CPU_ROWS = 8192
 
 Losses = tuple[Float[Tensor, ""], Float[Tensor, ""]]
-Moments = Mapping[str, tuple[Tensor, Tensor]]
+Moments = Mapping[str, tuple[Tensor, Tensor | None]]
+"""Of each weight: Adam's first and second moment, or Muon's momentum and nothing."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Steps(Protocol):
         """
 
     def moments(self) -> Moments:
-        """Adam's first and second moments by weight; empty before the first step."""
+        """Where the optimisers stand, by weight; empty before the first step."""
 
     def restore(self, iteration: int, moments: Moments) -> None:
         """Go on from other weights (already in place), moments and random state."""
@@ -120,8 +122,11 @@ class EagerSteps:
         self._on_gpu = job.device.type == "cuda"
         self._parameters = job.parameters()
         rate = job.recipe.learning_rate
+        matrices = for_muon(self._parameters) if job.recipe.optimizer == "muon" else ()
+        self._muon = Muon({n: self._parameters[n] for n in matrices}) if matrices else None
+        self._by_adam = {n: p for n, p in self._parameters.items() if n not in matrices}
         self._optimizer = torch.optim.Adam(
-            list(self._parameters.values()),
+            list(self._by_adam.values()),
             # In a tensor of the device, a captured step reads it anew each time.
             lr=torch.tensor(rate, device=job.device) if self._on_gpu else rate,
             betas=BETAS,
@@ -146,7 +151,7 @@ class EagerSteps:
         random_state = job.generator.get_state()
         with arithmetic(job.recipe.precision, job.device):
             self._backward(picked)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         job.generator.set_state(random_state)
         return self
 
@@ -207,21 +212,30 @@ class EagerSteps:
             sums = [a + b for a, b in zip(sums, both, strict=True)] if sums else both
         return sums[0], sums[1]
 
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
     def _update(self, picked: Int[Tensor, " rays"]) -> Losses:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         losses = self._backward(picked)
         if self.job.share is not None:
             losses = self.job.share.sum_up(list(self._parameters.values()), losses)
+        if self._muon is not None:
+            self._muon.step(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step()
         return losses
 
     def moments(self) -> Moments:
-        """Adam's moments, see `Steps.moments`."""
-        return {
+        """Where the optimisers stand, see `Steps.moments`."""
+        found: dict[str, tuple[Tensor, Tensor | None]] = {
             name: (state["exp_avg"], state["exp_avg_sq"])
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._by_adam.items()
             if (state := self._optimizer.state.get(parameter))
         }
+        if self._muon is not None and found:
+            found |= {name: (of, None) for name, of in self._muon.momentum.items()}
+        return found
 
     def restore(self, iteration: int, moments: Moments) -> None:
         """Go on from elsewhere, see `Steps.restore`."""
@@ -231,9 +245,12 @@ class EagerSteps:
                 "exp_avg": moments[name][0],
                 "exp_avg_sq": moments[name][1],
             }
-            for index, name in enumerate(self._parameters)
+            for index, name in enumerate(self._by_adam)
             if iteration > 0
         }
+        if self._muon is not None:
+            for name, momentum in self._muon.momentum.items():
+                momentum.copy_(moments[name][0]) if iteration > 0 else momentum.zero_()
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         self._reset_capture()

@@ -18,6 +18,7 @@ from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.files import read_tensors, write_tensors
 from nerf.metrics import psnr
+from nerf.muon import for_muon
 from nerf.pool import RayPool, mix
 from nerf.recipe import Recipe
 from nerf.rendering import RenderSettings
@@ -142,7 +143,7 @@ class Trainer:
     # --- state -----------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on: weights, Adam's moments, random state, iteration.
+        """Write everything needed to go on: weights, moments, random state, iteration.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -152,7 +153,10 @@ class Trainer:
         for name, parameter in self._job.parameters().items():
             tensors[f"weights.{name}"] = parameter.detach()
             if name in moments:
-                tensors[f"first.{name}"], tensors[f"second.{name}"] = moments[name]
+                first, second = moments[name]
+                tensors[f"first.{name}"] = first
+                if second is not None:
+                    tensors[f"second.{name}"] = second
         write_tensors(path, tensors, {"iteration": self.iteration, "seed": self.seed})
 
     def load(self, path: Path) -> None:
@@ -167,9 +171,15 @@ class Trainer:
             raise CheckpointError(f"{path} is not a state of this training (seed {self.seed})")
         # Everything is checked before anything is changed, so that a training whose state cannot
         # be used can still begin from the start.
-        kinds = ("weights", "first", "second") if iteration > 0 else ("weights",)
         parameters = self._job.parameters()
-        wanted = {f"{kind}.{name}": p.shape for kind in kinds for name, p in parameters.items()}
+        matrices = for_muon(parameters) if self.recipe.optimizer == "muon" else ()
+        kinds = {"weights": parameters, "first": parameters, "second": parameters.keys() - matrices}
+        wanted = {
+            f"{kind}.{name}": parameters[name].shape
+            for kind, names in kinds.items()
+            if kind == "weights" or iteration > 0
+            for name in names
+        }
         found = {name: t.shape for name, t in tensors.items() if name != "generator"}
         wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         if wrong:
@@ -188,7 +198,7 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(tensors[f"weights.{name}"])
         moments = {
-            name: (tensors[f"first.{name}"], tensors[f"second.{name}"])
+            name: (tensors[f"first.{name}"], tensors.get(f"second.{name}"))
             for name in parameters
             if iteration > 0
         }
@@ -200,21 +210,25 @@ def steps_for(job: Job, backend: Backend) -> Steps:
     """The steps of a training on the backend that can run it, see `nerf.backends`."""
     model, recipe = job.model, job.recipe
     shapes = [field.shape for field in model.networks().values()]
-    if job.share is not None and backend in ("auto", "fused"):
-        if backend == "fused":
-            fall_back("fused", "the kernels train on one GPU")
-        return EagerSteps(job)
     chosen = choose(backend, job.device, recipe.precision, shapes, model.samples)
     if chosen == "eager":
         return EagerSteps(job)
     random_state = job.generator.get_state()
+    steps: Steps | None = None
     try:
         if chosen == "fused":
             from nerf.fused import FusedSteps  # noqa: PLC0415  (needs Triton)
 
-            return FusedSteps(job)
-        return EagerSteps(job, compiled=True).tried()
+            steps = FusedSteps(job)
+        else:
+            steps = EagerSteps(job, compiled=True).tried()
     except Exception as error:  # whatever a compiler or a driver throws
         fall_back(chosen, error)
+    if job.share is not None and not job.share.all_can(steps is not None, job.device):
+        if steps is not None:
+            fall_back(chosen, "another process of this training cannot run it")
+        steps = None
+    if steps is None:
         job.generator.set_state(random_state)
         return EagerSteps(job)
+    return steps

@@ -6,7 +6,7 @@ two sweeps that want the same training share it, and what the store holds is nev
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
 from operator import or_
@@ -19,6 +19,7 @@ from orchestrator.bridge import Prunable
 from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
 from orchestrator.modelfile import RATE, looks_at_samples, networks_for
+from orchestrator.results import method_of
 from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import (
@@ -414,11 +415,15 @@ class Plan:
     searches: tuple[SearchPlan, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Counts and resources, ready for JSON."""
+        """Counts and resources, ready for JSON; controls are counted among the trials, too."""
 
-        def count(nodes: tuple[Any, ...]) -> dict[str, int]:
+        def count(nodes: Sequence[Any]) -> dict[str, int]:
             return {"total": len(nodes), "cached": sum(node.cached for node in nodes)}
 
+        controls: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.kind == "control":
+                controls.setdefault(method_of(trial.config.flat()), []).append(trial)
         return {
             "sweep": self.sweep.name,
             "sweep_hash": self.sweep.hash,
@@ -426,6 +431,7 @@ class Plan:
             "trainings": count(self.trainings),
             "calibrations": count(self.calibrations),
             "trials": {**count(self.trials), "combinations": self.combinations},
+            "controls": {name: count(of_name) for name, of_name in controls.items()},
             "search": {"trials": sum(s.settings.trials for s in self.searches)},
             "resources": asdict(self.sweep.resources),
             "storage": self.sweep.storage,
@@ -692,11 +698,9 @@ def _networks(
 
 
 def _controls(grid: PruneGrid, shape: FieldShape) -> Iterator[TrialConfig]:
-    """What is trained beside a grid's recoveries, for comparison; always from photos."""
+    """What is trained beside a grid's recoveries, for comparison."""
     names = grid.recover.controls
-    for recover in grid.recover.recoveries():
-        if recover is None:
-            continue
+    for recover in grid.recover.beside():
         control = TrialConfig(
             networks="both",
             criterion="",
@@ -705,17 +709,14 @@ def _controls(grid: PruneGrid, shape: FieldShape) -> Iterator[TrialConfig]:
             layer_ratios=(),
             calibration=None,
             seed=grid.calibration.seeds[0],
-            recover=replace(recover, source="photos", steps=1, squeeze=1.0),
         )
         if "dense_longer" in names:
-            longer = replace(recover.at("fp32"), source="photos", steps=1)
-            yield replace(control, control="dense_longer", recover=longer)
+            yield replace(control, control="dense_longer", recover=recover.at("fp32"))
         if "narrow" in names:
             for size, scope, bits in itertools.product(grid.sizes, grid.networks, grid.bits):
-                assert control.recover is not None
                 yield replace(
                     control,
-                    recover=control.recover.at(bits),
+                    recover=recover.at(bits),
                     control="narrow",
                     networks="shared"
                     if _networks(scope, size, bits, shape) == "shared"
@@ -793,10 +794,18 @@ def _training_key(sweep: Sweep, fingerprint: str, recipe: Recipe, seed: int) -> 
             "scene": fingerprint,
             "shape": asdict(sweep.shape),
             "samples": asdict(sweep.samples),
-            "recipe": _without(asdict(recipe), validation=0.0),
+            "recipe": _recipe_identity(recipe),
             "seed": seed,
         }
     )
+
+
+def _recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """What goes into keys; what makes no difference is left out."""
+    settings = _without(asdict(recipe), validation=0.0, optimizer="adam", anneal="exponential")
+    if recipe.anneal == "cosine":
+        del settings["decay"], settings["decay_iterations"]
+    return settings
 
 
 def _result_key(sweep: Sweep, training: str) -> str:

@@ -4,10 +4,10 @@
     python -m benchmarks.chaos.out_of_memory --pretend          anywhere, errors raised by hand
 
 One sweep of two trainings: the second draws so many rays a step that no GPU holds them. One pruning
-of the first may take no more GPU memory once its model is evaluated, nor when that is tried once
-more. Both must be recorded as failed with their stage and the reason, in the store and in MLflow;
-everything else must be done; and a second run must complete the pruning, whose worker is no longer
-short of memory.
+of the first gets no more GPU memory once its model is evaluated, nor when that is tried once more:
+its worker's limit is what it holds already, and what is free of that is taken. Both must be
+recorded as failed with their stage and the reason, in the store and in MLflow; everything else must
+be done; and a second run must complete the pruning, whose worker is no longer short of memory.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,6 +124,7 @@ def main() -> int:
         return 2
     folder = Path(tempfile.mkdtemp(prefix="out-of-memory."))
     path = sweep_file(folder, options.pretend)
+    started = time.monotonic()
     ratio, criterion = SHORT
     what = "memory" if options.pretend else "cap"
     # Twice: a worker tries once more. (Such a pruning itself is done by the host.)
@@ -139,6 +141,7 @@ def main() -> int:
         "pretended": options.pretend,
         "failed": failures(first),
         "failed_again": len(again.results.failed),
+        "seconds": round(time.monotonic() - started, 1),
     }
     try:
         said |= check(first, again, sqlite(folder / "out")) | {"holds": True}

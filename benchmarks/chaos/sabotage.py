@@ -9,9 +9,10 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Fault:
         work: ``train``, ``calibrate`` or ``prune``.
         stage: as it is begun: load, train, calibrate, prune, evaluate, write.
         what: ``kill`` (SIGKILL of the worker), ``hang``, ``memory`` (raises what a full GPU
-            raises), ``cap`` (the worker may take no more GPU memory in that stage, so that it
+            raises), ``cap`` (the worker gets no more GPU memory in that stage, so that it
             really runs out of it), ``disk`` (no space left), ``slow`` (a second more).
         times: how often.
         ratio: only prunings of this ratio.
@@ -98,6 +99,7 @@ class _Saboteur(Stopwatch):
     work: str
     node: Any
     capped: bool = False
+    held: list[torch.Tensor]
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
@@ -109,6 +111,7 @@ class _Saboteur(Stopwatch):
                 yield
             finally:
                 if self.capped:
+                    self.held.clear()
                     torch.cuda.set_per_process_memory_fraction(1.0)
                     self.capped = False
 
@@ -134,10 +137,30 @@ class _Saboteur(Stopwatch):
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1e-6)
             self.capped = True
+            self.held = all_that_is_left(partial(torch.empty, dtype=torch.uint8, device="cuda"))
         elif fault.what == "disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif fault.what == "slow":
             time.sleep(1.0)
+
+
+def all_that_is_left(
+    allocate: Callable[[int], torch.Tensor], largest: int = 2**32, smallest: int = 2**9
+) -> list[torch.Tensor]:
+    """Allocate until nothing more is given: a process has room within what it holds already.
+
+    Args:
+        allocate: gives so many bytes, or raises ``torch.cuda.OutOfMemoryError``.
+        largest: bytes tried first.
+        smallest: bytes below which nothing is tried; an allocator rounds up to some size.
+    """
+    held, size = [], largest
+    while size >= smallest:
+        try:
+            held.append(allocate(size))
+        except torch.cuda.OutOfMemoryError:
+            size //= 2
+    return held
 
 
 def _first(folder: Path, name: str, times: int) -> bool:

@@ -21,7 +21,7 @@ def adam(
 
     Args:
         parameters: (count,) fp32; `gradients`, `first` (m) and `second` (v) likewise.
-        schedule: (2,) fp32, s and r.
+        schedule: (≥ 2,) fp32, s and r first.
         count: parameters.
         BETA_1: β₁; `BETA_2`, `EPSILON` likewise.
         BLOCK: parameters a program updates.

@@ -63,9 +63,11 @@ def begin_step(
         lengths: (R,) fp32, written: |direction|.
         encoded: (R, 3 + 6 · octaves) fp32, written: γ of the unit directions.
         t: (R, S) fp32, written.
-        constants: (4,) fp64: learning rate at the start, natural logarithm of what an iteration
-            multiplies it by, natural logarithms of Adam's β₁ and β₂.
-        schedule: (2,) fp32, written: see `nerf.kernels.adam`.
+        constants: (6,) fp64: learning rate at the start, natural logarithm of what an iteration
+            multiplies it by, natural logarithms of Adam's β₁ and β₂, iterations in which the rate
+            rises (1 for none), angle that an iteration goes along a cosine (0 for none).
+        schedule: (5,) fp32, of which s and r (see `nerf.kernels.adam`) and, last, the learning
+            rate are written.
         batches: batches of an epoch.
         rays: R.
         samples: S.
@@ -79,10 +81,13 @@ def begin_step(
     if tl.program_id(0) == 0:
         done = iteration.to(tl.float64)
         rate = tl.load(constants) * tl.exp(tl.load(constants + 1) * done)
+        rate *= tl.minimum(1.0, (done + 1.0) / tl.load(constants + 4))
+        rate *= 0.5 + 0.5 * tl.cos(tl.load(constants + 5) * done)
         first_bias = 1.0 - tl.exp(tl.load(constants + 2) * (done + 1.0))
         second_bias = 1.0 - tl.exp(tl.load(constants + 3) * (done + 1.0))
         tl.store(schedule, (rate / first_bias).to(tl.float32))
         tl.store(schedule + 1, (1.0 / tl.sqrt(second_bias)).to(tl.float32))
+        tl.store(schedule + 4, rate.to(tl.float32))
     first = (iteration % batches) * rays
     picked = tl.load(order + first + ray, mask=valid, other=0).to(tl.int64) * 3
     place = ray * 3

@@ -33,6 +33,10 @@ def plan(options: argparse.Namespace) -> int:
     for what in ("trainings", "calibrations", "trials"):
         count = summary[what]
         print(f"  {what:<13} {count['total']:>7,}   {count['cached']:,} done already")
+    if summary["controls"]:
+        print("  of them controls, trained beside the recoveries for comparison:")
+    for name, count in summary["controls"].items():
+        print(f"    {name:<21} {count['total']:>7,}   {count['cached']:,} done already")
     for search in made.searches:
         of = searched(search, store)
         tried = len(of.trials) + len(of.failed)

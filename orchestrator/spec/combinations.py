@@ -146,6 +146,10 @@ def _with_recovery(grid: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 "a narrow NeRF of the same file size needs `sizes`; with ratios only "
                 "'dense_longer' can be trained beside",
             )
+    if recover.get("controls") == []:
+        for key in ("control_iterations", "control_learning_rate"):
+            if key in recover:
+                yield f"recover.{key}", "`controls` is empty: nothing is trained beside"
     given = recover.get("squeeze", 1)
     squeezed = any(factor != 1 for factor in (given if isinstance(given, list) else [given]))
     if squeezed and "sizes" not in grid:

@@ -297,7 +297,7 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
     """A mistake if the lists fan out to more trials than anyone can mean."""
     train = parsed.train
     trainings = _product(train.iterations, train.rays, train.learning_rate, train.seeds)
-    grids = sum(
+    prunings = sum(
         _product(grid.networks, grid.criteria, grid.compensation, grid.bits, grid.errors)
         * max(
             _product(grid.ratios, grid.schedules),
@@ -323,13 +323,31 @@ def _size(parsed: SweepFile, prefix: str) -> list[Mistake]:
         )
         for grid in parsed.prune
     )
-    if trainings * grids <= MAX_TRIALS:
+    controls = sum(_controls(grid) for grid in parsed.prune)
+    if trainings * (prunings + controls) <= MAX_TRIALS:
         return []
     message = (
-        f"the lists fan out to {trainings:,} trainings × {grids:,} prunings; "
+        f"the lists fan out to {trainings:,} trainings × {prunings:,} prunings"
+        f"{f' and {controls:,} controls' if controls else ''}; "
         f"at most {MAX_TRIALS:,} trials fit one sweep: shorten them or split the sweep"
     )
     return [Mistake(prefix or "(top)", None, message)]
+
+
+def _controls(grid: PruneSection) -> int:
+    """How many controls are trained beside the recoveries of a grid, at most."""
+    recover = grid.recover
+    if not any(recover.iterations):
+        return 0
+    of_each = _product(grid.sizes, grid.networks, grid.bits)
+    return sum(of_each if name == "narrow" else 1 for name in recover.controls) * _product(
+        recover.control_iterations or recover.iterations,
+        recover.control_learning_rate or recover.learning_rate,
+        recover.rays,
+        recover.rounding_from,
+        recover.density_noise or [None],
+        recover.optimizer,
+    )
 
 
 def _product(*axes: Sequence[Any]) -> int:
@@ -348,6 +366,8 @@ def _build(parsed: SweepFile, text: str, source: Path) -> Sweep:
             density_noise=train.density_noise,
             precision=train.precision,
             validation=train.validation,
+            optimizer=train.optimizer,
+            anneal=train.anneal,
         )
         for iterations, rays, rate in itertools.product(
             dict.fromkeys(train.iterations),
@@ -418,12 +438,17 @@ _LATER: dict[str, Any] = {
 
 
 def _without_later_defaults(identity: dict[str, Any]) -> dict[str, Any]:
-    if identity["train"]["validation"] == 0.0:
-        del identity["train"]["validation"]
+    train = identity["train"]
+    for name, default in {"validation": 0.0, "optimizer": "adam", "anneal": "exponential"}.items():
+        if train[name] == default:
+            del train[name]
     for grid in identity["prune"]:
         for name, default in _LATER.items():
             if grid[name] == default:
                 del grid[name]
+        for name in ("control_iterations", "control_learning_rate"):
+            if not grid.get("recover", {}).get(name, True):
+                del grid["recover"][name]
         if grid["calibration"]["weighting"] == ["uniform"]:
             del grid["calibration"]["weighting"]
     return identity
@@ -460,6 +485,8 @@ def _grid(section: PruneSection) -> PruneGrid:
             density_noises=tuple(dict.fromkeys(recover.density_noise)) or (None,),
             optimizers=tuple(dict.fromkeys(recover.optimizer)),
             controls=tuple(dict.fromkeys(recover.controls)),
+            control_iterations=tuple(dict.fromkeys(recover.control_iterations)) or (None,),
+            control_learning_rates=tuple(dict.fromkeys(recover.control_learning_rate)) or (None,),
         ),
     )
 

@@ -9,8 +9,8 @@ from nerf.devices import Precision
 from nerf.recipe import Optimizer, RecoveryRecipe, Source
 
 ControlName = Literal["dense_longer", "narrow"]
-"""``dense_longer``: the dense model trained for the same extra iterations. ``narrow``: a NeRF of
-the same file size, trained from scratch for as many iterations."""
+"""``dense_longer``: the dense model trained for so many extra iterations. ``narrow``: a NeRF of the
+same file size, trained from scratch. Both for as long as the recovery, or as a grid says."""
 
 CONTROLS: tuple[ControlName, ...] = ("dense_longer", "narrow")
 
@@ -113,6 +113,8 @@ class RecoverAxes:
         density_noises: added to raw densities; None for that of the dense model's training.
         optimizers: of the matrices.
         controls: what is trained beside, for comparison; a narrow NeRF only with sizes.
+        control_iterations: optimiser steps of the controls; None for those of the recovery.
+        control_learning_rates: of the controls; None for that of the recovery.
     """
 
     iterations: tuple[int, ...] = (0,)
@@ -125,6 +127,8 @@ class RecoverAxes:
     density_noises: tuple[float | None, ...] = (None,)
     optimizers: tuple[Optimizer, ...] = ("adam",)
     controls: tuple[ControlName, ...] = CONTROLS
+    control_iterations: tuple[int | None, ...] = (None,)
+    control_learning_rates: tuple[float | None, ...] = (None,)
 
     def recoveries(self) -> Iterator[Recover | None]:
         """Every combination; None where there are no iterations."""
@@ -143,3 +147,23 @@ class RecoverAxes:
                 self.optimizers,
             ):
                 yield Recover(iterations, *values)
+
+    def beside(self) -> Iterator[Recover]:
+        """How controls are trained: always from photos, in one round, to the size itself.
+
+        Recoveries that differ in other ways share their controls, so some come more than once.
+        """
+        for recover in self.recoveries():
+            if recover is None:
+                continue
+            for iterations, rate in itertools.product(
+                self.control_iterations, self.control_learning_rates
+            ):
+                yield replace(
+                    recover,
+                    iterations=recover.iterations if iterations is None else iterations,
+                    source="photos",
+                    learning_rate=recover.learning_rate if rate is None else rate,
+                    steps=1,
+                    squeeze=1.0,
+                )

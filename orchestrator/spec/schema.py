@@ -366,25 +366,40 @@ class TrainSection(_Section):
     """How the NeRF is trained; lists fan out as a grid."""
 
     preset: Annotated[
-        Literal["report", "large-batch"],
+        Literal["report", "large-batch", "fast"],
         Field(
             exclude=True,  # a sweep is what its values are, whoever named them
             description="a named recipe for what is not given here; `large-batch`: 50,000 steps of "
-            "4,096 rays, learning rate 1e-3, decay in 62,500",
+            "4,096 rays, learning rate 1e-3, decay in 62,500; `fast`: 20,000 steps of 2,048 rays "
+            "by Muon, learning rate 2e-3, along a cosine",
         ),
     ] = "report"
-    iterations: Annotated[list[Count], Listed, Field(min_length=1, description="steps of Adam")] = [
-        200_000
-    ]
+    iterations: Annotated[
+        list[Count], Listed, Field(min_length=1, description="optimiser steps")
+    ] = [200_000]
     seeds: Annotated[
         list[Seed], Listed, Field(min_length=1, description="of the weights and the order of rays")
     ] = [0]
     rays: Annotated[list[Count], Listed, Field(min_length=1, description="rays a step")] = [1024]
     learning_rate: Annotated[
-        list[PositiveFloat], Listed, Field(min_length=1, description="at the first step")
+        list[PositiveFloat],
+        Listed,
+        Field(min_length=1, description="at the first step, or for a cosine at its highest"),
     ] = [5e-4]
+    optimizer: Annotated[
+        Literal["adam", "muon"],
+        Field(description="`muon`: matrices by Muon, everything else by Adam"),
+    ] = "adam"
+    anneal: Annotated[
+        Literal["exponential", "cosine"],
+        Field(
+            description="how the learning rate falls: by `decay`, or up over the first 2 % of the "
+            "iterations and then to 0 along a cosine"
+        ),
+    ] = "exponential"
     decay: Annotated[
-        PositiveFloat, Field(description="factor on the learning rate after `decay_iterations`")
+        PositiveFloat,
+        Field(description="factor on the learning rate after `decay_iterations` (exponential)"),
     ] = 0.1
     decay_iterations: Annotated[
         Count, Field(description="steps in which the learning rate falls by `decay`")
@@ -501,6 +516,19 @@ class RecoverSection(_Section):
             "iterations; with `sizes`, a narrow NeRF of the same file size from scratch"
         ),
     ] = ["dense_longer", "narrow"]
+    control_iterations: Annotated[
+        list[Count],
+        Listed,
+        Field(
+            description="optimiser steps of the controls, e.g. for as much time as training and "
+            "recovery take together; where it is not given, those of the recovery"
+        ),
+    ] = []
+    control_learning_rate: Annotated[
+        list[PositiveFloat],
+        Listed,
+        Field(description="of the controls; where it is not given, that of the recovery"),
+    ] = []
 
 
 METHOD = {

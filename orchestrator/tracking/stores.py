@@ -29,7 +29,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -79,6 +79,7 @@ def open_client(uri: str) -> MlflowClient:
             _probe_database(uri)
         with quiet():
             with _alone(uri):
+                _make_sqlite(uri)
                 client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:
@@ -106,6 +107,28 @@ def _alone(uri: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _make_sqlite(uri: str) -> None:
+    """Make a file of runs that is not there yet, with its tables: whole or not at all.
+
+    SQLite keeps each table that MLflow makes at once. Of a process that is killed meanwhile a half
+    would stay, which MLflow neither uses nor completes.
+    """
+    path = sqlite_path(uri)
+    if path is None or path.exists():
+        return
+    from mlflow.store.db.utils import _initialize_tables  # noqa: PLC0415  servers do without
+
+    new = path.with_name(f".{path.name}.new")
+    for left in (new, new.with_name(f"{new.name}-journal")):
+        left.unlink(missing_ok=True)
+    engine = create_engine(URL.create("sqlite", database=str(new)), poolclass=NullPool)
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
+    new.rename(path)
 
 
 def _wait_for_turn(connection: Connection) -> None:

@@ -215,6 +215,14 @@ def test_plan_runs_and_writes_nothing(run: Run, sweep_file: Callable[..., Path])
     assert [p.name for p in path.parent.iterdir()] == ["tiny.yaml"]
 
 
+def test_plan_names_the_controls(run: Run, sweep_file: Callable[..., Path]) -> None:
+    recover = {"iterations": 10, "control_iterations": 500}
+    status, out, _ = run("plan", sweep_file(prune__0__recover=recover))
+    assert status == 0
+    assert re.search(r"trials +7 +0 done", out)
+    assert re.search(r"dense_longer 500 +1 +0 done", out)
+
+
 def test_plan_refuses_more_views_than_there_are(run: Run, sweep_file: Callable[..., Path]) -> None:
     status, _, complaints = run("plan", sweep_file(prune__0__calibration__views=99))
     assert status == 2

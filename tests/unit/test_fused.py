@@ -26,6 +26,7 @@ from nerf.recovery import Recovery, RecoveryRecipe
 from nerf.renderer import Renderer
 from nerf.rendering import RenderSettings, render_colors
 from nerf.rounding import RoundedLayer
+from nerf.shares import Share
 from nerf.training import Trainer
 from tests.tiny_scene import tiny_scene
 
@@ -63,9 +64,9 @@ def nothing_told():
     backends._told.clear()
 
 
-def trainer_of(backend, recipe=RECIPE, white=False, seed=3):
+def trainer_of(backend, recipe=RECIPE, white=False, seed=3, share=None):
     scene = tiny_scene(white_background=white, views=3, height=3, width=4)
-    return Trainer(scene, SHAPE, SAMPLES, recipe, seed, DEVICE, backend)
+    return Trainer(scene, SHAPE, SAMPLES, recipe, seed, DEVICE, backend, share)
 
 
 def eager(**changes):
@@ -157,6 +158,83 @@ def test_a_training_goes_on_with_another_backend(run, tmp_path):
     kernels.advance(1)
     plain.advance(1)
     assert distance(weights_of(kernels), weights_of(plain)) < tolerance
+
+
+MUON = replace(RECIPE, optimizer="muon", anneal="cosine", density_noise=0.0)
+
+
+def test_training_by_muon_is_the_eager_one(tmp_path):
+    """A step at a time, each from the same state: what no gradient has shown yet Muon leaves to
+    rounding errors, so that two runs part after a while."""
+    kernels = trainer_of("fused", MUON)
+    plain = trainer_of("eager", replace(MUON, precision="float32"))
+    assert kernels.backend == "fused"
+    for step in range(4):
+        before = weights_of(plain)
+        found, expected = kernels.advance(1), plain.advance(1)
+        assert found.loss == pytest.approx(expected.loss, rel=2e-2 if GPU else 1e-4), step
+        moved = distance(weights_of(plain), before)
+        assert distance(weights_of(kernels), weights_of(plain)) < (0.3 if GPU else 0.01) * moved
+        moments = kernels._steps.moments()
+        for name, (first, second) in plain._steps.moments().items():
+            mine = moments[name]
+            assert (mine[1] is None) == (second is None)
+            error = float((mine[0] - first).norm() / first.norm().clamp_min(1e-12))
+            assert error < (0.2 if GPU else 2e-3), name
+        plain.save(tmp_path / "state")
+        kernels.load(tmp_path / "state")
+
+
+def test_an_interrupted_training_by_muon_is_the_undisturbed_one(tmp_path):
+    whole, half = trainer_of("fused", MUON), trainer_of("fused", MUON)
+    whole.advance(4)
+    half.advance(2)
+    half.save(tmp_path / "state")
+    resumed = trainer_of("fused", MUON)
+    resumed.load(tmp_path / "state")
+    resumed.advance(2)
+    found, expected = weights_of(resumed), weights_of(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.skipif(GPU, reason="what NCCL sums on GPUs, benchmarks/two_gpus.py compares")
+@pytest.mark.parametrize("recipe", [RECIPE, MUON])
+def test_a_training_that_two_share_is_that_of_one(recipe, monkeypatch):
+    """9 rays as 4 and 5, their gradients summed here instead of by NCCL: the same training."""
+    monkeypatch.setattr(Share, "all_can", lambda _self, can, _device: can)
+    alone = trainer_of("fused", recipe)
+    pair = [trainer_of("fused", recipe, share=Share(rank, 2)) for rank in range(2)]
+    parts = [trainer._steps for trainer in pair]
+    assert [part._rays for part in parts] == [4, 5]
+    for iteration in range(3):
+        before = weights_of(alone)
+        expected = alone.advance(1)
+        for part in parts:
+            part._sums.zero_()
+            part._batches.prepare(iteration)
+            part._losses_and_gradients()
+        for network in ("coarse", "fine"):
+            both = [part._fields[network].gradients for part in parts]
+            whole = both[0] + both[1]
+            for gradients in both:
+                gradients.copy_(whole)
+        for part in parts:
+            part._update()
+            part._batches.counted()
+        loss = sum(float(part._sums.sum()) * part._rays / 9 for part in parts)
+        assert loss == pytest.approx(expected.loss, rel=1e-5)
+        moved = distance(weights_of(alone), before)
+        for trainer in pair:
+            assert distance(weights_of(trainer), weights_of(alone)) < 0.02 * moved
+
+
+@pytest.mark.skipif(GPU, reason="on GPUs the others would be missing")
+def test_processes_that_share_a_training_fall_back_together(monkeypatch, caplog):
+    """If another one cannot run the kernels, this one does not either: their sums would differ."""
+    monkeypatch.setattr(Share, "all_can", lambda _self, _can, _device: False)
+    trainer = trainer_of("fused", share=Share(0, 2))
+    assert trainer.backend == "eager"
+    assert "another process of this training cannot run it" in caplog.text
 
 
 # Rendering

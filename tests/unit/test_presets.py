@@ -4,6 +4,8 @@ import pytest
 
 from nerf.recipe import PRESETS, Recipe
 from orchestrator.errors import SpecError
+from orchestrator.plan import make_plan
+from orchestrator.store import Store
 from tests.unit.sweep_builder import sweep
 
 EXPLICIT = {
@@ -47,3 +49,21 @@ def test_the_large_batch_sees_as_many_rays_and_decays_with_them():
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
     with pytest.raises(SpecError, match="large-batch"):
         sweep(train__preset="big-batch")
+
+
+def test_the_fast_preset_is_by_muon_along_a_cosine():
+    (found,) = sweep(**EXPLICIT, train__preset="fast").recipes
+    assert (found.optimizer, found.anneal, found.rays) == ("muon", "cosine", 2048)
+    assert found == Recipe(**PRESETS["fast"], validation=0.01)
+
+
+def test_what_makes_no_difference_is_not_in_the_key_of_a_training(tmp_path):
+    """Earlier sweeps keep theirs; a cosine has no decay."""
+
+    def key_of(**changes):
+        return make_plan(sweep(**changes), Store(tmp_path / "store")).trainings[0].key
+
+    plain = key_of()
+    assert key_of(train__optimizer="adam", train__anneal="exponential") == plain
+    cosine = {key_of(train__anneal="cosine", train__decay=decay) for decay in (0.1, 0.2)}
+    assert len({plain, *cosine, key_of(train__optimizer="muon")}) == 3

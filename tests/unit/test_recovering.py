@@ -19,7 +19,7 @@ from orchestrator.plan import Plan, Trial, make_plan
 from orchestrator.provenance import Origin
 from orchestrator.report.tables import front_json, results_csv, table
 from orchestrator.results import Record, method_of
-from orchestrator.spec import Sweep
+from orchestrator.spec import Sweep, load
 from orchestrator.spec.recover import Recover
 from orchestrator.stages import MODEL, Stopwatch, Workbench, failure_of
 from orchestrator.store import Store
@@ -168,6 +168,80 @@ def test_controls_stand_beside_every_recovery(tmp_path: Path) -> None:
     assert not {"criterion", "ratio", "schedule", "compensation"} & set(flat)
 
 
+def test_controls_that_are_trained_for_longer_are_those_of_a_longer_recovery(
+    tmp_path: Path,
+) -> None:
+    """By key, so that the records of the one serve the other; the recovery itself stays."""
+
+    def keys(**recover: Any) -> dict[str, set[str]]:
+        grid = {**SMALL, "recover": {"rays": 64, **recover}}
+        trials = make_plan(sweep_of(grid), Store(tmp_path)).trials
+        assert len({trial.key for trial in trials}) == len(trials)
+        return {
+            kind: {trial.key for trial in trials if trial.kind == kind}
+            for kind in ("trial", "control")
+        }
+
+    at_once = keys(iterations=10, learning_rate=2e-3, squeeze=1.5, steps=2)
+    fast = keys(
+        iterations=10,
+        learning_rate=2e-3,
+        squeeze=1.5,
+        steps=2,
+        control_iterations=[10, 500],
+        control_learning_rate=[2e-3, 7e-4],
+    )
+    assert fast["trial"] == at_once["trial"]
+    assert at_once["control"] < fast["control"]
+    assert len(fast["control"]) == 2 * 2 * 2
+    longer = keys(iterations=500, learning_rate=7e-4)
+    assert longer["control"] < fast["control"]
+    # Recoveries of several lengths have the same controls.
+    assert len(keys(iterations=[0, 10, 20, 30], control_iterations=500)["control"]) == 2
+
+
+def test_grids_that_differ_in_their_controls_share_the_recovery(tmp_path: Path) -> None:
+    grids = [
+        {**SMALL, "recover": {"iterations": 10, "controls": "narrow", "control_iterations": n}}
+        for n in (100, 200)
+    ]
+    trials = make_plan(sweep_of(*grids), Store(tmp_path)).trials
+    names = sorted(method_of(trial.config.flat()) for trial in trials)
+    assert names == ["narrow 100", "narrow 200", "obs + obs, int4, recovered 10 photos"]
+
+
+def test_a_file_that_says_nothing_of_its_controls_keeps_its_hash_and_keys(tmp_path: Path) -> None:
+    """Those of `sweeps/recovery-best.yaml`'s kind, as they were before controls had settings."""
+    recover = {"iterations": 10, "rays": 64, "learning_rate": 2e-3, "squeeze": 1.5}
+    plain = sweep_of({**SMALL, "recover": recover})
+    assert plain.hash == "645aa7b1ede4a068"
+    keys = {t.config.control: t.key for t in make_plan(plain, Store(tmp_path)).trials}
+    assert keys == {
+        None: "b82c73407de74a85",
+        "dense_longer": "838a8dbf55f09aed",
+        "narrow": "92c161c52c8f11f2",
+    }
+    of_recover = plain.identity["prune"][0]["recover"]
+    assert not {"control_iterations", "control_learning_rate"} & set(of_recover)
+    other = sweep_of({**SMALL, "recover": {**recover, "control_iterations": 20}})
+    assert other.hash != plain.hash
+
+
+def test_the_sweep_of_controls_has_the_recoveries_of_the_best() -> None:
+    sweeps = Path(__file__).parents[2] / "sweeps"
+    best, controls = (
+        {
+            (size, grid.networks, grid.bits, recover)
+            for grid in load(sweeps / name).grids
+            if grid.calibration.seeds == (0,)
+            for size in grid.sizes
+            for recover in grid.recover.recoveries()
+        }
+        for name in ("recovery-best.yaml", "recovery-controls.yaml")
+    )
+    assert best == controls
+
+
 def test_no_recovery_no_controls(tmp_path: Path) -> None:
     trials = make_plan(sweep_of(SMALL), Store(tmp_path)).trials
     assert [t.kind for t in trials] == ["trial"]
@@ -183,6 +257,26 @@ def test_no_recovery_no_controls(tmp_path: Path) -> None:
         ({**SMALL, "recover": {"iterations": 9, "steps": 0}}, "recover.steps", "greater than"),
         ({**SMALL, "recover": {"iterations": 9, "controls": ["wide"]}}, "controls", "narrow"),
         ({"ratios": 0.5, "recover": {"iterations": 9, "steps": 2}}, "recover.steps", "`sizes`"),
+        (
+            {**SMALL, "recover": {"iterations": 9, "control_iterations": 0}},
+            "recover.control_iterations",
+            "greater than or equal to 1",
+        ),
+        (
+            {**SMALL, "recover": {"iterations": 9, "control_learning_rate": [1e-3, 0]}},
+            "recover.control_learning_rate[1]",
+            "greater than 0",
+        ),
+        (
+            {**SMALL, "recover": {"control_iterations": 9}},
+            "recover.iterations",
+            "required beside other settings",
+        ),
+        (
+            {**SMALL, "recover": {"iterations": 9, "controls": [], "control_iterations": 9}},
+            "recover.control_iterations",
+            "`controls` is empty",
+        ),
         (
             {"ratios": 0.5, "recover": {"iterations": 9, "controls": ["narrow"]}},
             "recover.controls",

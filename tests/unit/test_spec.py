@@ -319,6 +319,13 @@ def test_lists_that_multiply_to_billions_of_trials_are_refused() -> None:
     assert "fan out to 2,000 trainings" in only(data).message
 
 
+def test_controls_that_multiply_to_millions_are_refused() -> None:
+    many = [*range(1, 2001)]
+    recover = {"iterations": 10, "control_iterations": many, "control_learning_rate": many}
+    data = mapping(prune__0__recover=recover)
+    assert "1 trainings × 6 prunings and 4,000,000 controls" in only(data).message
+
+
 # --- files -------------------------------------------------------------------------------------
 
 

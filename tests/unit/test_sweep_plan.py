@@ -181,6 +181,8 @@ EVALUATION = {"results", "trials"}
         ({"train__precision": "bfloat16"}, TRAINING),
         ({"train__validation": 0.02}, TRAINING),
         ({"train__validation": 0}, TRAINING),
+        ({"train__optimizer": "muon"}, TRAINING),
+        ({"train__anneal": "cosine"}, TRAINING),
         ({"train__seeds": 1}, TRAINING),
         ({"train__network__width": 9}, TRAINING),
         ({"train__network__depth": 4}, TRAINING),
@@ -251,6 +253,20 @@ def test_what_the_store_holds_is_not_run_again(store: Store) -> None:
     assert counts["trainings"] == {"total": 1, "cached": 1}
     assert counts["calibrations"] == {"total": 1, "cached": 1}
     assert counts["trials"] == {"total": 6, "cached": 4, "combinations": 6}
+    assert counts["controls"] == {}
+
+
+def test_controls_are_counted_by_name(store: Store) -> None:
+    recover = {"iterations": 10, "controls": "dense_longer", "control_iterations": [10, 500]}
+    plan = plan_of(store, prune__0__recover=recover)
+    longest = next(t for t in plan.trials if t.config.control and t.config.recover.iterations > 10)
+    fill(store, "control", longest.key)
+    counts = plan_of(store, prune__0__recover=recover).summary()
+    assert counts["trials"] == {"total": 8, "cached": 1, "combinations": 8}
+    assert counts["controls"] == {
+        "dense_longer 10": {"total": 1, "cached": 0},
+        "dense_longer 500": {"total": 1, "cached": 1},
+    }
 
 
 def test_a_calibration_is_done_when_all_its_sets_are(store: Store) -> None:

@@ -27,6 +27,7 @@ from orchestrator.results import Failure, Record
 from orchestrator.showcase import gallery_of
 from orchestrator.store import Store
 from orchestrator.tracking import SweepInfo, TrackingLogger, default_uri, links, names
+from orchestrator.tracking.stores import open_client
 from orchestrator.tracking.ui import build_links
 from orchestrator.tracking.writer import RunWriter
 from tests.unit.record_builder import DENSE_BYTES, SYNTHETIC, save, training_record, trial_record
@@ -541,6 +542,23 @@ def test_links_name_the_sweep_and_the_runs_of_its_front(
     assert run.info.run_id in (found.compare or "")
     with pytest.raises(TrackingError, match="run the sweep first"):
         links("http://127.0.0.1:5", default_uri(store), "tests", "0" * 16)
+
+
+def test_tables_are_made_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "mlflow.db"
+    with monkeypatch.context() as half:
+        half.setattr("mlflow.store.db.utils._upgrade_db", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_client(f"sqlite:///{path}")
+    assert not path.exists()
+    client = open_client(f"sqlite:///{path}")
+    client.create_experiment("tests")
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, f".{path.name}.lock"}
 
 
 def test_the_sweeps_run_carries_pictures_tables_and_views_of_the_front(store: Store) -> None:

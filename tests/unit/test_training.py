@@ -1,5 +1,6 @@
 """Training: one step worked out independently, interruption, the ray pool, and what goes wrong."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -199,6 +200,63 @@ def test_adam_agrees_with_its_definition_over_several_steps():
         corrected = (second / (1 - 0.999**step)).sqrt() + 1e-8
         expected -= rate * first / (1 - 0.9**step) / corrected
         torch.testing.assert_close(parameter.detach().double(), expected, atol=2e-6, rtol=1e-5)
+
+
+MUON = replace(RECIPE, optimizer="muon", anneal="cosine")
+
+
+def test_muon_agrees_with_its_definition_over_several_steps():
+    """From the gradients of each step, in float64; along a cosine; biases and heads are Adam's."""
+    trainer = trainer_of(recipe=MUON)
+    parameters = dict(trainer.model.fine.named_parameters())
+    matrix, head = parameters["trunk.1.weight"], parameters["rgb.weight"]
+    expected, momentum = matrix.detach().double().clone(), 0.0
+    by_adam = head.detach().double().clone()
+    first, second = torch.zeros_like(by_adam), torch.zeros_like(by_adam)
+    for step in range(1, 7):
+        rate = 5e-3 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 12))
+        assert trainer.learning_rate() == pytest.approx(rate, rel=1e-12)
+        trainer.step()
+        gradient = matrix.grad.double()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        u = 0.05 * gradient + 0.95 * momentum
+        x = u / u.square().sum().sqrt()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        expected -= rate * 0.2 * math.sqrt(max(u.shape)) * x
+        torch.testing.assert_close(matrix.detach().double(), expected, atol=2e-5, rtol=1e-4)
+        first = 0.9 * first + 0.1 * head.grad.double()
+        second = 0.999 * second + 0.001 * head.grad.double() ** 2
+        by_adam -= rate * first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(head.detach().double(), by_adam, atol=2e-6, rtol=1e-5)
+
+
+def test_an_interrupted_training_by_muon_is_the_undisturbed_one_bit_for_bit(tmp_path):
+    whole, half = trainer_of(recipe=MUON), trainer_of(recipe=MUON)
+    whole.advance(12)
+    half.advance(5)
+    half.save(tmp_path / "state")
+    resumed = trainer_of(recipe=MUON)
+    resumed.load(tmp_path / "state")
+    resumed.advance(7)
+    for of, other in zip(
+        resumed.model.fine.parameters(), whole.model.fine.parameters(), strict=True
+    ):
+        assert torch.equal(of, other)
+    with pytest.raises(CheckpointError, match="another shape"):  # it has no second moments
+        trainer_of().load(tmp_path / "state")
+
+
+def test_a_cosine_rises_first_and_ends_at_nothing():
+    recipe = Recipe(iterations=1000, learning_rate=2e-3, anneal="cosine", decay=0.5)
+    rates = [recipe.rate(iteration) for iteration in range(1000)]
+    assert rates[0] == pytest.approx(2e-3 / 20, rel=1e-3)
+    assert max(rates) == pytest.approx(2e-3, rel=5e-3)
+    assert rates.index(max(rates)) == 19
+    assert rates[500] == pytest.approx(1e-3)
+    assert 0 < rates[999] < 1e-8
+    assert all(a > b for a, b in itertools.pairwise(rates[19:]))
 
 
 def test_the_original_learning_rate():
@@ -493,6 +551,8 @@ def test_a_batch_larger_than_the_scene_is_the_whole_scene():
         ({"precision": "float16"}, "precision must be one of"),
         ({"validation": 1.0}, "validation must be a fraction"),
         ({"validation": math.nan}, "validation must be a fraction"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
+        ({"anneal": "linear"}, "anneal must be one of"),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(wrong, said, unchecked_types):
