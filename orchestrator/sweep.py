@@ -118,9 +118,11 @@ def open_sweep(path: Path | str) -> tuple[Sweep, Store]:
 
     Raises:
         SpecError: the file holds mistakes.
+        StoreError: the storage does not answer.
     """
     sweep = load(path)
     store = Store(sweep.storage)
+    store.reach()
     return relocated(sweep, store.root), store
 
 
