@@ -328,8 +328,9 @@ def narrow_shape(
 ) -> FieldShape:
     """The widest shape of equal hidden layers whose file has about `config.size` bytes.
 
-    Depth, skip and encodings stay; the view branch has half the channels, as in the original. A
-    coded weight is taken to need as many bytes as one of the dense model.
+    It is never wider than the dense networks: where a file holds more than they are, the control
+    is of their width. Depth, skip and encodings stay; the view branch has half the channels, as in
+    the original. A coded weight is taken to need as many bytes as one of the dense model.
 
     Raises:
         BudgetError: even one channel a layer is too much.
@@ -349,7 +350,7 @@ def narrow_shape(
     if _coded(config.bits):
         budget -= MARGIN * config.size
     width = 1
-    while cost(_uniform(shape, width + 1)) <= budget:
+    while width < max(shape.trunk) and cost(_uniform(shape, width + 1)) <= budget:
         width += 1
     if cost(_uniform(shape, width)) > budget:
         raise BudgetError(

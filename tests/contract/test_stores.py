@@ -405,9 +405,7 @@ def test_a_bucket_that_never_says_anything_is_an_error_soon(
         monkeypatch.setattr(objects, "GREETING_SECONDS", 1)
         sweep = tmp_path / "sweep.yaml"
         sweep.write_text(text(mapping(storage="s3://a-bucket/sweeps")))
-        with pytest.raises(
-            StoreError, match="cannot reach the storage s3://a-bucket/sweeps: Re"
-        ):
+        with pytest.raises(StoreError, match="cannot reach the storage s3://a-bucket/sweeps: Re"):
             open_sweep(sweep)
 
 

@@ -1,6 +1,7 @@
 """Recovery in a sweep: spec, keys, files, controls, records, going on after a worker died."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 from nerf import recovery as nerf_recovery
 from nerf.checkpoints import load_model
 from nerf.evaluation import HeldOut
+from nerf.field import NerfModel
 from nerf.files import read_tensors
 from nerf.scenes import write_demo_scene
 from orchestrator import recovering
 from orchestrator.errors import SpecError
 from orchestrator.plan import Plan, Trial, make_plan
 from orchestrator.provenance import Origin
+from orchestrator.recovering import narrow_shape
 from orchestrator.report.tables import front_json, results_csv, table
 from orchestrator.results import Record, method_of
 from orchestrator.spec import Sweep, load
@@ -95,7 +98,13 @@ GRIDS = (
     {
         **SMALL,
         "sizes": "4kB",
-        "recover": {**RECOVER, "iterations": 200, "squeeze": 1.5, "controls": []},
+        "recover": {
+            **RECOVER,
+            "iterations": 200,
+            "squeeze": 1.5,
+            "controls": "narrow",
+            "control_iterations": 80,
+        },
     },
 )
 
@@ -421,14 +430,27 @@ def test_the_dense_model_trained_longer_has_the_dense_models_shape(done: Done) -
 
 def test_a_narrow_nerf_fills_the_same_file(done: Done) -> None:
     bench, _ = done
-    trial, record = record_of(done, control="narrow", bits="int4")
-    assert 0.9 * 6000 < record.metrics["size_bytes"] <= 6000
+    trial, record = record_of(done, control="narrow", size=4000)
+    assert 0.9 * 4000 < record.metrics["size_bytes"] <= 4000
     (trunk,) = record.widths.values()
     assert len(trunk) == 3
     assert len(set(trunk)) == 1
     model, info = load_model(bench.store.folder("control", trial.key) / MODEL)
     assert model.shared
     assert info["pruning"]["control"] == "narrow"  # type: ignore[index,call-overload]
+
+
+def test_a_narrow_nerf_is_never_wider_than_the_dense_one(done: Done) -> None:
+    """However much its file may hold."""
+    bench, _ = done
+    trial, _ = record_of(done, control="narrow", size=6000)
+    shape, samples = bench.sweep.shape, bench.sweep.samples
+    dense = NerfModel.create(shape, samples, 0)
+    small, large = (
+        narrow_shape(dense, shape, replace(trial.config, size=size), {}) for size in (4_000, 10**7)
+    )
+    assert set(small.trunk) < {*range(1, max(shape.trunk))}
+    assert large.trunk == (max(shape.trunk),) * len(shape.trunk)
 
 
 # --- going on, and failing ----------------------------------------------------------------------
@@ -482,7 +504,7 @@ def test_a_worker_that_dies_changes_nothing(
 
 def test_a_damaged_state_is_begun_anew(done: Done, tmp_path: Path) -> None:
     bench, _ = done
-    trial, record = record_of(done, control="narrow", bits="int4")
+    trial, record = record_of(done, control="narrow", size=6000)
     store = Store(tmp_path / "store")
     (store.root).mkdir()
     (store.root / "checkpoints").symlink_to(bench.store.root / "checkpoints")
