@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 # What makes the tutorial's sweep small enough for a test; everything else is run as it stands.
 SMALLER = {
     "factor: 8": "factor: 1",
-    "iterations: 40_000, precision: bfloat16": "iterations: 8, rays: 32, "
+    "preset: fast, precision: bfloat16": "preset: fast, iterations: 8, rays: 32, "
     "network: {depth: 3, width: 16, skip: 1, point_octaves: 3}, samples: {coarse: 8, fine: 8}",
     "[1.2MB, 500kB, 250kB]": "[9kB]",
 }
