@@ -28,7 +28,9 @@ def method_of(config: Mapping[str, Any]) -> str:
         if config.get(name, default) != default:
             words.append(str(config[name]))
     if config.get("recover_iterations"):
-        words.append(f"recovered {config['recover_iterations']} {config.get('recover_from', '')}")
+        words.append(f"recovered {config['recover_iterations']} iterations")
+        if config.get("recover_from", "photos") != "photos":
+            words[-1] += f" ({config['recover_from']})"
         if config.get("recover_steps", 1) != 1:
             words[-1] += f" in {config['recover_steps']} steps"
         if config.get("recover_squeeze", 1.0) != 1.0:

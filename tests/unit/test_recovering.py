@@ -216,7 +216,7 @@ def test_grids_that_differ_in_their_controls_share_the_recovery(tmp_path: Path) 
     ]
     trials = make_plan(sweep_of(*grids), Store(tmp_path)).trials
     names = sorted(method_of(trial.config.flat()) for trial in trials)
-    assert names == ["narrow 100", "narrow 200", "obs + obs, int4, recovered 10 photos"]
+    assert names == ["narrow 100", "narrow 200", "obs + obs, int4, recovered 10 iterations"]
 
 
 def test_a_file_that_says_nothing_of_its_controls_keeps_its_hash_and_keys(tmp_path: Path) -> None:
@@ -319,7 +319,10 @@ def test_recovery_improves_a_pruned_model(done: Done) -> None:
         assert after.metrics["recover_seconds"] > 0
         assert after.config["recover_iterations"] == 80
         assert after.metrics["size_bytes"] <= 6000
-        assert method_of(after.config) == f"obs + obs, int4, recovered 80 {source}"
+        assert method_of(after.config) == (
+            "obs + obs, int4, recovered 80 iterations"
+            + ("" if source == "photos" else f" ({source})")
+        )
     assert "recover_seconds" not in before.metrics
 
 
@@ -346,7 +349,7 @@ def test_what_was_measured_is_the_file(done: Done) -> None:
 def test_a_squeezed_model_fills_its_file(done: Done) -> None:
     _, record = record_of(done, recover_squeeze=1.5)
     assert 0.9 * 4000 < record.metrics["size_bytes"] <= 4000
-    assert method_of(record.config).endswith("recovered 200 photos squeezed 1.5")
+    assert method_of(record.config).endswith("recovered 200 iterations squeezed 1.5")
 
 
 def test_layers_that_choose_their_bits_are_trained_in_them(done: Done) -> None:
