@@ -7,11 +7,11 @@ a plain training. The network is evaluated once at the coarse samples and once a
 work on whole rows (`nerf.kernels.rounded`).
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
 import triton
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nerf.backends import power_of_two
@@ -42,6 +42,12 @@ SCHEDULE = 5  # numbers of an iteration, see `update_rows`
 def can_round(layers: Mapping[str, RoundedLayer]) -> bool:
     """Whether the kernels round weights so."""
     return all(parse_scheme(layer.scheme)[0] == "int" for layer in layers.values())
+
+
+def corrections(steps: Int[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Adam's 1 / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) for t steps, float64; 0 where there were none."""
+    begun, steps = steps > 0, steps.clamp(min=1).double()
+    return begun / (1.0 - BETAS[0] ** steps), begun / (1.0 - BETAS[1] ** steps).sqrt()
 
 
 class FusedRecovery:
@@ -109,6 +115,8 @@ class FusedRecovery:
         self._constants = torch.full((6,), -1.0, dtype=torch.float64, device=device)
         self._unused = empty(SCHEDULE)
         self._schedule = empty(1, SCHEDULE)
+        rates = [recipe.rate_at(iteration) for iteration in range(recipe.iterations)]
+        self._rates = torch.tensor(rates, dtype=torch.float64)
         self._schedules = self._planned()
         self._renew()
 
@@ -141,20 +149,11 @@ class FusedRecovery:
 
     def _planned(self) -> Tensor:
         """The schedule of every iteration, see `nerf.kernels.rounded.update_rows`."""
-        recipe = self._recipe
-
-        def corrections(step: int) -> tuple[float, float]:
-            if step < 1:
-                return 0.0, 0.0
-            return 1.0 / (1.0 - BETAS[0] ** step), 1.0 / math.sqrt(1.0 - BETAS[1] ** step)
-
-        rows: list[tuple[float, ...]] = []
-        for iteration in range(recipe.iterations):
-            rate = recipe.rate_at(iteration)
-            first, second = corrections(iteration + 1)
-            later = corrections(iteration + 1 - self._rounded_since if self._rounds else 0)
-            rows.append((rate * first, second, rate * later[0], later[1], rate))
-        return torch.tensor(rows or [(0.0,) * SCHEDULE], device=self.device)
+        steps = torch.arange(1, len(self._rates) + 1)
+        first, second = corrections(steps)
+        of_m, of_v = corrections(steps - self._rounded_since)
+        columns = self._rates * first, second, self._rates * of_m, of_v, self._rates
+        return torch.stack(columns, dim=1).float().to(self.device)
 
     # --- rounding --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ fp32, so that a step can be compared tightly: same rays, same random numbers, sa
 
 import importlib.util
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ from nerf.training import Trainer
 from tests.tiny_scene import tiny_scene
 
 with triton_interpreter.unchecked_imports():
-    from nerf import fused, fused_recovery  # noqa: F401
+    from nerf import fused, fused_recovery
     from nerf.kernels import mlp
 
 GPU = torch.cuda.is_available()
@@ -378,6 +379,25 @@ def test_an_interrupted_recovery_in_whole_steps_is_the_undisturbed_one(tmp_path)
     assert again.advance(1).iteration == 4
     for (name, mine), (_, other) in zip(again._parameters, whole._parameters, strict=True):
         assert torch.equal(mine, other), name
+
+
+@pytest.mark.parametrize("since", [0, 3, 12])
+def test_the_schedule_of_a_recovery_is_that_of_its_formulas(since):
+    recipe = RecoveryRecipe(12, learning_rate=2e-3)
+    steps = object.__new__(fused_recovery.FusedRecovery)
+    steps.device, steps._rounded_since = DEVICE, since
+    steps._rates = torch.tensor([recipe.rate_at(i) for i in range(12)], dtype=torch.float64)
+
+    def corrections(step):
+        if step < 1:
+            return 0.0, 0.0
+        return 1.0 / (1.0 - 0.9**step), 1.0 / math.sqrt(1.0 - 0.999**step)
+
+    for iteration, found in enumerate(steps._planned().tolist()):
+        rate = recipe.rate_at(iteration)
+        m, v = corrections(iteration + 1)
+        of_m, of_v = corrections(iteration + 1 - since)
+        assert found == pytest.approx([rate * m, v, rate * of_m, of_v, rate], rel=1e-6)
 
 
 def test_grids_that_the_kernels_do_not_know_are_trained_step_by_step():
