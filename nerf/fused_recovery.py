@@ -8,6 +8,7 @@ work on whole rows (`nerf.kernels.rounded`).
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nerf.backends import power_of_two
 from nerf.devices import arithmetic
+from nerf.errors import NerfError
 from nerf.field import NerfModel
 from nerf.fused import (
     ERRORS_A_STEP,
@@ -29,7 +31,7 @@ from nerf.kernels.mlp import FusedField
 from nerf.muon import MOMENTUM, orthogonalized
 from nerf.pool import Batches, RayPool
 from nerf.recipe import MOST_EXCESS, PRICE_GAIN, SHARED_COARSE, RecoveryRecipe, Squeeze
-from nerf.recovery import Moments
+from nerf.recovery import FIRST_PRICE, Moments
 from nerf.rendering import RenderSettings
 from nerf.rounding import RoundedLayer, levels, parse_scheme
 from nerf.rows import Rows, stack_of
@@ -37,6 +39,13 @@ from nerf.sampling import strata
 from nerf.steps import BETAS, EPSILON
 
 SCHEDULE = 5  # numbers of an iteration, see `update_rows`
+KINDS = ((False, False), (True, False), (True, True))
+"""Whether weights are rounded, and whether their codes have a price: the kinds of steps."""
+CHANGED = (
+    "_values", "_first", "_second", "_start", "_tops", "_changes", "_g_changes", "_stack",
+    "_costs", "_code_sums", "_sums",
+)  # fmt: skip
+"""What steps hand on to later ones, beside the counter and the price."""
 
 
 def can_round(layers: Mapping[str, RoundedLayer]) -> bool:
@@ -119,6 +128,7 @@ class FusedRecovery:
         self._rates = torch.tensor(rates, dtype=torch.float64)
         self._schedules = self._planned()
         self._renew()
+        self._try()
 
     def _allocate(self, coarse: int, drawn: int) -> None:
         """What a step works on."""
@@ -154,6 +164,36 @@ class FusedRecovery:
         of_m, of_v = corrections(steps - self._rounded_since)
         columns = self._rates * first, second, self._rates * of_m, of_v, self._rates
         return torch.stack(columns, dim=1).float().to(self.device)
+
+    def _try(self) -> None:
+        """Run a step of every kind once, on copies: what has to compile, compiles now.
+
+        The copies lie in memory as the originals do, and all numbers are those of the steps to
+        come: whatever Triton distinguishes them by, no later step needs another kernel.
+        """
+        trial = copy(self)
+        for name in CHANGED:
+            setattr(trial, name, getattr(self, name).clone())
+        trial.generator = torch.Generator(self.device)
+        trial._price = torch.full((), FIRST_PRICE, device=self.device)
+        trial._tops.fill_(levels("int", 8)[1])
+        trial._start.copy_(1.0 / trial._tops)
+        batches = trial._batches = copy(self._batches)
+        batches.order = torch.arange(len(batches.order), dtype=torch.int32, device=self.device)
+        batches.counter = batches.counter.clone()
+        errors = []
+        with arithmetic("float32", self.device):
+            for rounds, squeeze in KINDS:
+                batches.counter.zero_()
+                trial._rounds = rounds
+                trial._squeeze = Squeeze.of(self._recipe) if squeeze else None
+                trial._update(update=False)
+                trial._step()
+                errors += [trial._coarse_errors.clone(), trial._errors.clone()]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if not bool(torch.isfinite(torch.stack(errors)).all()):
+            raise NerfError("the fused kernels gave errors of a recovery that are not finite")
 
     # --- rounding --------------------------------------------------------------------------
 
