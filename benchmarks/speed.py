@@ -269,7 +269,7 @@ class Bench:
     def trials(self) -> None:
         """Prune and evaluate three whole held-out views, one after another in this process."""
         from orchestrator.bridge import calibrate  # noqa: PLC0415
-        from orchestrator.stages import prune_model  # noqa: PLC0415
+        from orchestrator.compress import prune_model  # noqa: PLC0415
         from pruning import allocate  # noqa: PLC0415
 
         say("trials            a minute  prune s  evaluate s")

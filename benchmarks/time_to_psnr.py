@@ -5,10 +5,12 @@
 
 Trains the real fern by each of `--recipes` from the same seed for `--seconds` of training and
 measures whole held-out views (bfloat16, the backend of `--backend`) every `--every` seconds of it;
-measuring and compiling do not count. A recipe is a preset of `train.preset`, or rays:learning rate,
-with the decay that keeps to the rays seen. The time to a level is interpolated between the two
-measurements around it. A recipe's own end (its iterations) does not matter here: the learning rate
-falls as it would on the way there.
+measuring and compiling do not count. A recipe is a preset of `train.preset`; or rays:learning rate,
+with the decay that keeps to the rays seen; or rays:learning rate:iterations, by Muon along a
+cosine. The time to a level is interpolated between the two measurements around it. Where the
+learning rate falls exponentially, a recipe's own end (its iterations) does not matter here: it
+falls as it would on the way there. Along a cosine the end is where most is gained, so such a recipe
+is run to it.
 """
 
 import argparse
@@ -36,14 +38,21 @@ WARM = 20  # iterations before the clock starts: kernels compile, a graph is cap
 
 
 def recipe_of(name: str, precision: str) -> Recipe:
-    """A preset, or rays:learning rate."""
+    """A preset, rays:learning rate, or rays:learning rate:iterations."""
+    values: dict[str, Any]
     if name in PRESETS:
-        values: dict[str, Any] = dict(PRESETS[name])
+        values = dict(PRESETS[name])
     else:
-        rays, rate = name.split(":")
-        decay = round(Recipe().decay_iterations * Recipe().rays / int(rays))
-        values = {"rays": int(rays), "learning_rate": float(rate), "decay_iterations": decay}
-    return Recipe(**{**values, "iterations": ENDLESS, "precision": precision})
+        rays, rate, *iterations = name.split(":")
+        values = {"rays": int(rays), "learning_rate": float(rate)}
+        if iterations:
+            values |= {"iterations": int(iterations[0]), "optimizer": "muon", "anneal": "cosine"}
+        else:
+            decay = round(Recipe().decay_iterations * Recipe().rays / int(rays))
+            values["decay_iterations"] = decay
+    if values.get("anneal") != "cosine":
+        values["iterations"] = ENDLESS
+    return Recipe(**{**values, "precision": precision})
 
 
 def curve(
@@ -60,7 +69,8 @@ def curve(
     trainer.advance(WARM)
     rate = trainer.advance(WARM).rate
     seconds, points = 2 * WARM / rate, []
-    while not points or seconds < options.seconds:
+    cosine = recipe.anneal == "cosine"
+    while not points or (not trainer.done if cosine else seconds < options.seconds):
         progress = trainer.advance(max(1, round(rate * options.every)))
         seconds, rate = seconds + progress.seconds, progress.rate
         result = held_out.evaluate(trainer.model, options.precision, backend=options.backend)
@@ -90,9 +100,11 @@ def seconds_to(level: float, points: list[dict[str, float]]) -> float | None:
 def main() -> None:
     """Train by each recipe and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", default="report,large-batch")
+    parser.add_argument("--recipes", default="report,large-batch,fast")
     parser.add_argument("--levels", default="22,23,24,24.5,25,25.5")
-    parser.add_argument("--seconds", type=float, default=40, help="of training, each")
+    parser.add_argument(
+        "--seconds", type=float, default=40, help="of each training whose rate falls exponentially"
+    )
     parser.add_argument("--every", type=float, default=2, help="seconds between measurements")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="bfloat16")
@@ -124,6 +136,8 @@ def main() -> None:
             "rays": recipe.rays,
             "learning_rate": recipe.learning_rate,
             "decay_iterations": recipe.decay_iterations,
+            "optimizer": recipe.optimizer,
+            "anneal": recipe.anneal,
             "rate": rate,
             "seconds_to": dict(zip(levels, times, strict=True)),
             "points": points,

@@ -29,9 +29,9 @@ PRESETS: Mapping[str, Mapping[str, float | str]] = MappingProxyType(
             "decay_iterations": 62_500,
         },
         "fast": {
-            "iterations": 30_000,
+            "iterations": 20_000,
             "rays": 2048,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "optimizer": "muon",
             "anneal": "cosine",
         },

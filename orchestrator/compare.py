@@ -75,8 +75,12 @@ class SweepComparison:
         text += f" ({show_bytes(int(small))} to {show_bytes(int(large))})"
         if self.hypervolumes and min(self.hypervolumes) > 0:
             share = self.hypervolumes[1] / self.hypervolumes[0] - 1
-            text += f"; the hypervolume of {second} is {abs(share):.2%} "
-            text += f"{'larger' if share >= 0 else 'smaller'} than that of {first}"
+            text += (
+                f"; the hypervolume of {second} is {100 * abs(share):.2f} % "
+                f"{'larger' if share > 0 else 'smaller'} than that of {first}"
+                if share
+                else "; their hypervolumes are the same"
+            )
         differences = [b - a for _, a, b in self.equal_size]
         if min(differences) < 0 < max(differences):
             text += "; the fronts cross"
@@ -152,17 +156,19 @@ class TrialComparison:
         quality = "psnr" if "psnr" in values else "validation_psnr"
         if quality not in values or "size_bytes" not in values:
             return f"{first} and {second} lack a size or a PSNR to compare."
-        loss = values[quality][1] - values[quality][0]
+        gain = values[quality][1] - values[quality][0]
         where = "" if quality == "psnr" else " on the validation rays (one has no held-out views)"
         sizes = values["size_bytes"]
-        text = (
-            f"{second} is {loss:+.3f} dB{where} and {sizes[1] - sizes[0]:+,.0f} bytes "
-            f"({sizes[1] / sizes[0] - 1:+.1%}) of {first}"
-        )
-        if self.dominates:
-            other = first if self.dominates == second else second
-            return f"{text}: {self.dominates} is better than {other} in both, or level in one."
-        return f"{text}: neither beats the other in both size and PSNR."
+        grown = sizes[1] - sizes[0]
+        better = f"{abs(gain):.3f} dB {_more(gain)}" if gain else "the same PSNR"
+        share = f"{100 * abs(grown) / sizes[0]:.1f} %" if sizes[0] else ""
+        smaller = f"{abs(grown):,.0f} bytes ({share}) {_more(grown)}" if grown else "the same size"
+        text = f"Against {first}, {second} has {better}{where} and {smaller}"
+        if not self.dominates:
+            same = "they are level" if not gain and not grown else "neither is better in both"
+            return f"{text}: {same}."
+        both = "in both" if gain and grown else "in one and level in the other"
+        return f"{text}: {self.dominates} is better {both}."
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -228,7 +234,10 @@ def compare_sweeps(
 
 
 def compare_trials(first: Record, second: Record) -> TrialComparison:
-    """Compare two records, trials or dense models."""
+    """Compare two records, trials or dense models.
+
+    How a dense model was trained says nothing about a trial: beside one it has no settings.
+    """
     both = [pareto.points([record]) for record in (first, second)]
     if not all(both):
         both = [pareto.points([record], "validation") for record in (first, second)]
@@ -238,7 +247,12 @@ def compare_trials(first: Record, second: Record) -> TrialComparison:
         better = a.key if pareto.dominates(a, b) else b.key if pareto.dominates(b, a) else None
     return TrialComparison(
         names=(first.key, second.key),
-        changes=differences(first.config, second.config),
+        changes=differences(
+            *(
+                {} if r.kind == "training" and first.kind != second.kind else r.config
+                for r in (first, second)
+            )
+        ),
         metrics=tuple(
             (name, unit, digits, first.metrics[name], second.metrics[name])
             for name, unit, digits in METRICS
@@ -318,6 +332,10 @@ def _changes(changes: Mapping[str, Change], names: tuple[str, str]) -> list[str]
         return ["no setting differs"]
     rows = [[place, _shown(a), _shown(b)] for place, (a, b) in changes.items()]
     return ["what changed:", *align([["", *names], *rows], right=set())]
+
+
+def _more(difference: float) -> str:
+    return "more" if difference > 0 else "less"
 
 
 def _shown(value: Any) -> str:

@@ -22,7 +22,7 @@ def panel(state: State) -> Group:
     done, total, failed = state["done"], state["total"], state["failed"]
     head = Table.grid(padding=(0, 1))
     head.add_row(
-        Text(f"{done}/{total}", style="bold"),
+        Text(f"{done}/{total} done", style="bold"),
         ProgressBar(total=max(total, 1), completed=done, width=30),
         _pace(state),
         Text(f"{state['running']} running") if state["running"] else "",
@@ -38,11 +38,17 @@ def panel(state: State) -> Group:
             f"training {key[:8]}",
             ProgressBar(total=report["iterations"], completed=report["iteration"], width=30),
             f"{report['iteration']:,}/{report['iterations']:,}  {report['rate']:.0f} it/s  "
-            f"loss {report['loss']:.4f}  {report['train_psnr']:.2f} dB",
+            f"loss {report['loss']:.4f}  {report['train_psnr']:.2f} dB  {_training_left(report)}",
         )
         rows.append(row)
     if best := thinned(state["front"]):
-        table = Table("size", "PSNR", "model", box=None, padding=(0, 1), title="front so far")
+        rays = " on validation rays" if state.get("front_rays") == "validation" else ""
+        title = "front" if state["stage"] == "finished" else "front so far"
+        rows.append(Text(f"{title}{rays}", style="italic"))
+        table = Table(box=None, padding=(0, 1))
+        table.add_column("size", justify="right")
+        table.add_column("PSNR", justify="right")
+        table.add_column("model")
         for point in best:
             table.add_row(
                 f"{point['size_bytes'] / 1e3:,.0f} kB", f"{point['psnr']:.2f} dB", point["model"]
@@ -61,6 +67,7 @@ def line(state: State) -> str:
     parts += [
         f"training {key[:8]}: {report['iteration']:,}/{report['iterations']:,} "
         f"iterations, {report['train_psnr']:.1f} dB, {report['rate']:.0f} it/s"
+        + (f", {left}" if (left := _training_left(report)) else "")
         for key, report in state["trainings"].items()
     ]
     parts.append(_pace(state))
@@ -69,6 +76,7 @@ def line(state: State) -> str:
         parts.append(
             f"front: {len(front)} points, best "
             f"{best['psnr']:.2f} dB at {best['size_bytes'] / 1e3:,.0f} kB"
+            + (" (validation rays)" if state.get("front_rays") == "validation" else "")
         )
     return "; ".join(part for part in parts if part)
 
@@ -96,6 +104,12 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _training_left(report: Mapping[str, Any]) -> str:
+    """How long one training still takes; the sweep's own time left is another matter."""
+    left = report["iterations"] - report["iteration"]
+    return f"about {clock(left / report['rate'])} left" if left and report["rate"] > 0 else ""
 
 
 def _pace(state: State) -> str:

@@ -20,7 +20,7 @@ from orchestrator import pareto
 from orchestrator.errors import SweepError
 from orchestrator.export import export, form_of
 from orchestrator.pareto import Point, Rays
-from orchestrator.report.data import ReportData
+from orchestrator.report.data import ReportData, render_command
 from orchestrator.results import Record, method_of
 from orchestrator.store import Store
 from orchestrator.units import show_bytes
@@ -54,9 +54,7 @@ class Pick:
     @property
     def render_command(self) -> str:
         """The command that renders a held-out view with it."""
-        scene = "SCENE" if self.scene is None else str(self.scene)
-        view = 0 if self.view is None else self.view
-        return f"prunefield render {self.model} --scene {scene} --view {view} -o view_{view}.png"
+        return render_command(self.model, self.scene, self.view or 0)
 
     @property
     def sentence(self) -> str:
@@ -73,8 +71,9 @@ class Pick:
         if self.dense is not None:
             loss = self.dense.metrics["psnr"] - metrics["psnr"]
             times = self.dense.metrics["size_bytes"] / metrics["size_bytes"]
-            side = f"{loss:.2f} dB under" if loss >= 0 else f"{-loss:.2f} dB above"
-            text += f", {side} the dense model and {times:.1f} times smaller"
+            side = f"{abs(loss):.2f} dB {'under' if loss >= 0 else 'above'}"
+            text += f", {'level with' if abs(loss) < 0.005 else side} the dense model"
+            text += f" and {times:.1f} times smaller" if times >= 1.05 else ""
         return f"{text} ({why})."
 
     def to_json(self) -> dict[str, Any]:
@@ -203,6 +202,6 @@ def _method(record: Record) -> str:
     parts = [
         method_of(config),
         config.get("networks"),
-        f"{ratio:.0%} removed" if isinstance(ratio, int | float) and ratio else None,
+        f"{100 * ratio:.0f} % removed" if isinstance(ratio, int | float) and ratio else None,
     ]
     return ", ".join(str(part) for part in parts if part) or "?"

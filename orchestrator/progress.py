@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +18,15 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from orchestrator.panel import line, panel
-from orchestrator.pareto import front, points
+from orchestrator.pareto import Rays, front, points
 from orchestrator.plan import Training
 from orchestrator.results import Record, method_of
 from orchestrator.units import show_bytes
 
 LINE_SECONDS = 5.0
 GPU_SECONDS = 2.0
+REPORTED = ("iteration", "loss", "train_psnr", "rate")
+"""What a training says of itself; Ray Tune adds ids, addresses and times of its own."""
 
 
 class Progress:
@@ -48,11 +50,15 @@ class Progress:
         self._failed = 0
         self._running = 0
         self._started = time.monotonic()
-        self._first_trial: float | None = None
+        self._pruning_since = self._started
+        self._last_trial = 0.0
         self._trials = 0
+        self._prepared = False
+        self._closed = False
         self._training: dict[str, Mapping[str, Any]] = {}
         self._iterations: dict[str, int] = {}
-        self._front: list[Record] = []
+        self._fronts: dict[Rays, list[Record]] = {"held-out": [], "validation": []}
+        self._searching = False
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -67,6 +73,9 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closed = True
+        if kind is None:
+            self._total = self._done  # of a search, only about how many was known
         if self._live is not None:
             self._live.stop()
         if self._total and kind is None:
@@ -74,23 +83,30 @@ class Progress:
 
     # --- what the scheduler tells ----------------------------------------------------------
 
+    def known(self, records: Iterable[Record]) -> None:
+        """These have a result already: the front begins with them."""
+        with self._lock:
+            self._add_to_fronts([record for record in records if record.kind != "control"])
+
     def started(self, total: int) -> None:
         """So many nodes are about to run."""
         with self._lock:
             self._total = total
-            self._started = time.monotonic()
+            self._started = self._pruning_since = time.monotonic()
         if total == 0 and not self._json:
             self._console.print("nothing to run: every result is in the store", highlight=False)
 
     def running(self, nodes: int) -> None:
         """So many are under way."""
         with self._lock:
+            if nodes and not (self._running or self._done):
+                self._pruning_since = time.monotonic()
             self._running = nodes
 
     def progress(self, training: Training, report: Mapping[str, Any]) -> None:
         """A training reports where it stands."""
         with self._lock:
-            self._training[training.key] = report
+            self._training[training.key] = {k: report[k] for k in REPORTED if k in report}
             self._iterations[training.key] = training.recipe.iterations
         self._tell()
 
@@ -103,17 +119,31 @@ class Progress:
     def _count(self, record: Record | None) -> None:
         self._done += 1
         self._total = max(self._total, self._done)  # a search knows only about how many
+        trial = record is not None and record.kind != "training"
+        if not trial:
+            self._prepared = True
+            if not self._trials:
+                self._pruning_since = time.monotonic()  # no trial could end before
         if record is not None and record.failure is not None:
             self._failed += 1
         elif record is not None:
-            if record.kind == "training":
-                self._training.pop(record.training, None)
-            else:
-                self._first_trial = self._first_trial or time.monotonic()
+            if trial:
+                self._last_trial = time.monotonic()
                 self._trials += 1
+            else:
+                self._training.pop(record.training, None)
             if record.kind != "control":
-                on_front = {p.key for p in front(points([*self._front, record]))}
-                self._front = [r for r in [*self._front, record] if r.key in on_front]
+                self._add_to_fronts([record])
+
+    def _add_to_fronts(self, records: list[Record]) -> None:
+        self._searching |= any(r.failure is None and "psnr" not in r.metrics for r in records)
+        for rays, best in self._fronts.items():
+            both = {record.key: record for record in (*best, *records)}
+            # The final front of a search measures its models again: the same points, shown once.
+            found = front(points(both.values(), rays))
+            self._fronts[rays] = [
+                both[key] for key in {(p.size_bytes, p.psnr): p.key for p in found}.values()
+            ]
 
     # --- what is shown ---------------------------------------------------------------------
 
@@ -135,6 +165,9 @@ class Progress:
         """Where the sweep stands, as plain data: what the JSON lines and `status --json` hold."""
         gpus = [vars(gpu) for gpu in self._gpu_use()]  # may take a second: not under the lock
         with self._lock:
+            # A search measures its trials on validation rays alone.
+            rays: Rays = "validation" if self._searching else "held-out"
+            quality = "validation_psnr" if self._searching else "psnr"
             return {
                 "stage": self._stage(),
                 "done": self._done,
@@ -149,24 +182,28 @@ class Progress:
                     for key, report in self._training.items()
                 },
                 "gpus": gpus,
+                "front_rays": rays,
                 "front": [
                     {
                         "id": record.key,
                         "size_bytes": record.metrics["size_bytes"],
-                        "psnr": record.metrics["psnr"],
+                        "psnr": record.metrics[quality],
                         "model": describe(record),
                     }
-                    for record in sorted(self._front, key=lambda r: r.metrics["size_bytes"])
+                    for record in self._fronts[rays]
                 ],
             }
 
     def _stage(self) -> str:
         """What is under way, in a word or two."""
         if self._total and self._done >= self._total:
-            return "finished"
+            return "finished" if self._closed else "writing the report"
+        if self._trials:
+            return "training and pruning" if self._training else "pruning"
         if self._training:
-            return "training" if not self._trials else "training and pruning"
-        return "pruning" if self._trials else "starting"
+            ended = all(r["iteration"] >= self._iterations[k] for k, r in self._training.items())
+            return "evaluating the dense model" if ended else "training"
+        return "pruning" if self._prepared else "starting"
 
     def _gpu_use(self) -> "list[GpuUse]":
         """Of this machine's GPUs, asked for every few seconds at most."""
@@ -177,17 +214,17 @@ class Progress:
         return known
 
     def _rate(self) -> float:
-        """Trials a second, from the first trial's end on."""
-        if self._first_trial is None or self._trials < 2:
+        """Trials a second, from when the first of them could begin until now, or the last's end.
+
+        Counted from the first trial's end, several that end at once would make any rate.
+        """
+        if not self._trials:
             return 0.0
-        return (self._trials - 1) / max(time.monotonic() - self._first_trial, 1e-6)
+        until = time.monotonic() if self._done < self._total else self._last_trial
+        return self._trials / max(until - self._pruning_since, 1e-6)
 
     def _seconds_left(self) -> float | None:
-        if self._training:
-            return max(
-                (self._iterations[key] - report["iteration"]) / max(report["rate"], 1e-9)
-                for key, report in self._training.items()
-            )
+        """Until all has ended; None while no trial has shown how long one takes."""
         rate = self._rate()
         return (self._total - self._done) / rate if rate > 0 else None
 

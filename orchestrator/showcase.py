@@ -35,6 +35,11 @@ def gallery_of(data: ReportData) -> Gallery:
             "trials.json": _table([*data.done, *data.baselines]),
         },
         params=tuple(axes[:MAX_AXES]),
+        amounts=tuple(
+            name
+            for name in ("ratio", "size")
+            if any(t.config.get(name) is not None for t in data.done)
+        ),
         side_by_side={
             r.key: image
             for r in (*data.dense, *front)

@@ -24,7 +24,7 @@ from nerf.evaluation import Evaluation, HeldOut, error_map, write_picture
 from nerf.field import NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.parallel import ParallelTrainer, train_devices
-from nerf.scenes import Scene, load_scene
+from nerf.scenes import Scene, SceneSettings, load_scene
 from nerf.training import Progress, RayPool, Recipe, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
@@ -709,12 +709,19 @@ def calibration_samples(
 
 def scene_info(sweep: Sweep, scene: Scene) -> dict[str, Any]:
     """How the scene was read, kept in model files so that evaluating them needs no flags."""
+    usual = SceneSettings()
+    seldom = ("bd_factor", "white_background", "half_resolution", "test_skip")
     return {
         "name": scene.name,
         "fingerprint": scene.fingerprint,
         "factor": sweep.scene.factor,
         "holdout": sweep.scene.holdout,
         "ndc": scene.camera.ndc,
+        **{
+            name: value
+            for name in seldom
+            if (value := getattr(sweep.scene, name)) != getattr(usual, name)
+        },
     }
 
 

@@ -75,7 +75,7 @@ def run(
         tracking.start()  # it opens while Ray starts: both take seconds
         closing.push(tracking)
         tracking.watch(show.state)
-        log_known(plan, store, tracking)
+        show.known(log_known(plan, store, tracking))
         listeners = (show, TrackingListener(tracking))
         outcome = execute(plan, store, origin, listeners, bench, before=tracking.opened)
         results = collect(plan, store)
@@ -118,9 +118,11 @@ def open_sweep(path: Path | str) -> tuple[Sweep, Store]:
 
     Raises:
         SpecError: the file holds mistakes.
+        StoreError: the storage does not answer.
     """
     sweep = load(path)
     store = Store(sweep.storage)
+    store.reach()
     return relocated(sweep, store.root), store
 
 
@@ -197,11 +199,17 @@ def results_of(path: Path | str) -> tuple[Results, Store]:
     return results, store
 
 
-def log_known(plan: Plan, store: Store, tracking: TrackingLogger) -> None:
-    """Hand the tracking store what an earlier run finished; what it has already costs nothing."""
+def log_known(plan: Plan, store: Store, tracking: TrackingLogger) -> tuple[Record, ...]:
+    """Hand the tracking store what an earlier run finished; what it has already costs nothing.
+
+    Returns:
+        The records of all that.
+    """
     known = collect(plan, store)
-    for record in (*known.trainings, *known.trials, *known.searched):
+    records = (*known.trainings, *known.trials, *known.searched)
+    for record in records:
         tracking.record(record)
+    return records
 
 
 def sweep_info(plan: Plan, origin: Origin) -> SweepInfo:
@@ -217,7 +225,10 @@ def sweep_info(plan: Plan, origin: Origin) -> SweepInfo:
         seed=sweep.train_seeds[0],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         description=sweep.description,
-        planned={what: counts[what]["total"] for what in ("trainings", "calibrations", "trials")},
+        planned={
+            **{what: counts[f"{what}s"]["total"] for what in ("training", "calibration", "trial")},
+            **({"search trial": counts["search"]["trials"]} if plan.searches else {}),
+        },
     )
 
 
@@ -251,6 +262,7 @@ def report_data(results: Results, store: Store) -> ReportData:
         commit=Origin.here().commit,
         seed=sweep.train_seeds[0],
         scene=sweep.scene.path.name if sweep.scene.path else "",
+        scene_path=sweep.scene.path and sweep.scene.path.absolute(),
     )
 
 

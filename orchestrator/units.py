@@ -31,6 +31,11 @@ def show_bytes(n_bytes: int) -> str:
     return f"{n_bytes / 1000:,.0f} kB" if n_bytes >= 10_000 else f"{n_bytes:,} bytes"
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, e.g. ``1 trial``, ``1,200 trials``; ``what`` is one of them."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
 MAX_SECONDS = 10**9
 TIMES = "allowed are a number of seconds above 0, or a number with s, min, h or d, e.g. 90s or 2h"

@@ -8,7 +8,7 @@ viser's camera looks along +z with y down, NeRF's along −z with y up.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,10 @@ from orchestrator.errors import OrchestratorError
 HOST = "127.0.0.1"
 FIRST_PIXELS = 2_500
 FULL_HEIGHT = 540
-GAP = 2
-"""Pixels of black between two models, in frames that are no longer coarse."""
-COARSE = 120
+GAP_EVERY = 250
+"""A model's picture so wide has one pixel of black beside the next, one of twice the width two."""
+CPU_CHUNK = 1_024
+"""Rays between two looks at whether he has moved, which a CPU takes long for."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Frame:
     last: bool
 
 
+class _UnwantedError(Exception):
+    """Nobody looks from there any more."""
+
+
 class SideBySide:
     """Renders models of one scene from any viewpoint, coarse to fine.
 
@@ -79,13 +84,25 @@ class SideBySide:
         self._device = models[0].device
         self._camera = scene.camera
 
-    def frames(self, viewpoint: Viewpoint, height: int = FULL_HEIGHT) -> Iterator[Frame]:
+    def frames(
+        self,
+        viewpoint: Viewpoint,
+        height: int = FULL_HEIGHT,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Iterator[Frame]:
         """Frames of twice the sides each time, up to the full height.
 
         Args:
             viewpoint: where from.
             height: of the finest frame, in pixels.
+            wanted: asked again and again within a frame; no, and there are no more.
         """
+
+        def go_on(_: int) -> None:
+            if not wanted():
+                raise _UnwantedError
+
+        chunk = CPU_CHUNK if self._device.type == "cpu" else None
         count = len(self._renderers)
         first = max(8, round((FIRST_PIXELS / max(viewpoint.aspect, 0.1)) ** 0.5))
         while True:
@@ -96,7 +113,11 @@ class SideBySide:
             pictures, seconds = [], []
             for renderer in self._renderers:
                 started = time.perf_counter()
-                colors = torch.nan_to_num(renderer.colors(rays)).clamp(0, 1)
+                try:
+                    colors = renderer.colors(rays, chunk, go_on)
+                except _UnwantedError:
+                    return
+                colors = torch.nan_to_num(colors).clamp(0, 1)
                 pixels = (colors * 255).round().to(torch.uint8).cpu().numpy()
                 seconds.append(time.perf_counter() - started)
                 pictures.append(pixels.reshape(rows, columns, 3))
@@ -119,6 +140,19 @@ class SideBySide:
         if not self._camera.ndc:
             return rays
         return Rays(*to_ndc(self._camera, rays.origins, rays.directions), rays.view_directions)
+
+
+def focus(scene: Scene) -> Float[np.ndarray, "3"]:
+    """The point that a scene's camera path looks at: nearest to all of its lines of sight.
+
+    A line through p along the unit vector d is |(1 − d dᵀ)(x − p)| away from x; the sum of the
+    squares is least where Σ (1 − d dᵀ) x = Σ (1 − d dᵀ) p.
+    """
+    paths = scene.spiral.astype(float)
+    along = paths[:, :, 2] / np.linalg.norm(paths[:, :, 2], axis=1, keepdims=True)
+    across = np.eye(3) - along[:, :, None] * along[:, None, :]
+    right = np.einsum("fij,fj->i", across, paths[:, :, 3])
+    return np.linalg.lstsq(across.sum(axis=0), right, rcond=None)[0]
 
 
 def nerf_pose(wxyz: Sequence[float], position: Sequence[float]) -> Float[np.ndarray, "3 4"]:
@@ -190,10 +224,11 @@ class Viewer:
         home = self._scene.poses[self._scene.test[0]].astype(float)
         camera = self._scene.camera
         client.camera.position = home[:, 3]
-        client.camera.look_at = home[:, 3] - home[:, 2]
+        # The mouse turns around what is ahead, at the depth that the scene's camera path looks at.
+        ahead = float((home[:, 3] - focus(self._scene)) @ home[:, 2])
+        client.camera.look_at = home[:, 3] - home[:, 2] * (ahead if ahead > 0 else 1.0)
         client.camera.up_direction = home[:, 1]
         client.camera.fov = 2 * float(np.arctan(0.5 * camera.height / camera.focal))
-        client.gui.add_markdown("  |  ".join(f"**{name}**" for name in self._names))
         told = client.gui.add_markdown("…")
         sharp = client.gui.add_slider(
             "height", min=90, max=1080, step=90, initial_value=FULL_HEIGHT
@@ -226,7 +261,11 @@ class Viewer:
                 moved.wait(0.1)
                 moved.set()
                 continue
-            frames = self._render.frames(viewpoint, int(sharp.value))
+            frames = self._render.frames(
+                viewpoint,
+                int(sharp.value),
+                lambda: not moved.is_set() and not self._stopped.is_set(),
+            )
             while not moved.is_set() and not self._stopped.is_set():
                 with self._lock:
                     frame = next(frames, None)
@@ -238,11 +277,14 @@ class Viewer:
 
 def _told(names: Sequence[str], frame: Frame) -> str:
     height, width = frame.picture.shape[:2]
-    rows = "\n".join(
-        f"- {name}: {1000 * seconds:,.0f} ms"
-        for name, seconds in zip(names, frame.seconds, strict=True)
+    places = {1: [""], 2: ["left: ", "right: "]}.get(
+        len(names), [f"{i}. from left: " for i in range(1, len(names) + 1)]
     )
-    return f"frame {width}×{height}{'' if frame.last else ' …'}\n\n{rows}"
+    rows = "\n".join(
+        f"- {place}**{name}**, {1000 * seconds:,.0f} ms"
+        for place, name, seconds in zip(places, names, frame.seconds, strict=True)
+    )
+    return f"{rows}\n\n{width}×{height} pixels{'' if frame.last else ', becoming sharper …'}"
 
 
 def _joined(
@@ -250,6 +292,6 @@ def _joined(
 ) -> UInt8[np.ndarray, "height width 3"]:
     parts: list[np.ndarray] = [pictures[0]]
     for picture in pictures[1:]:
-        gap = GAP if picture.shape[1] > COARSE else 0
+        gap = picture.shape[1] // GAP_EVERY
         parts += [np.zeros((picture.shape[0], gap, 3), np.uint8), picture[:, gap:]]
     return np.concatenate(parts, axis=1)

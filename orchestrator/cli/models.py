@@ -262,6 +262,10 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
+SELDOM = {"bd_factor": float, "white_background": bool, "half_resolution": bool, "test_skip": int}
+"""Of a scene's settings: what a model file tells only where it is not as usual."""
+
+
 def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model on its device, the scene as the checkpoint saw it, and what the file says."""
     from nerf.checkpoints import load_model
@@ -285,12 +289,20 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         return value if type(value) is int else None
 
     ndc = seen.get("ndc")
+    kinds = {
+        "bd_factor": float,
+        "white_background": bool,
+        "half_resolution": bool,
+        "test_skip": int,
+    }
+    seldom = {name: seen[name] for name, kind in kinds.items() if type(seen.get(name)) is kind}
     scene = load_scene(
         SceneSettings(
             path=options.scene,
             factor=options.factor or recorded("factor"),
             holdout=options.holdout or recorded("holdout") or 8,
             ndc=ndc if options.ndc is None and isinstance(ndc, bool) else options.ndc,
+            **seldom,
         )
     )
     return model.to(device), scene, info

@@ -67,7 +67,11 @@ def _sweep_commands(command: Callable[..., Any]) -> None:
         "prunefield run sweeps/demo.yaml",
     )
     run.add_argument("file", type=Path, help="sweep file")
-    run.add_argument("--json", action="store_true", help="progress as JSON lines on standard error")
+    run.add_argument(
+        "--json",
+        action="store_true",
+        help="as JSON: progress in lines on standard error, in the end what `front --json` prints",
+    )
 
     report = command(
         "report",

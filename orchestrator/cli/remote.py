@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.spec import Sweep, cluster_part, load, load_cluster
+from orchestrator.units import counted
 
 if TYPE_CHECKING:
     from orchestrator.scheduler.jobs import Jobs
@@ -142,11 +143,12 @@ def _say(found: "SweepState") -> None:
     print(f"  planned:  {found.planned}")
     for label, counts in (("done", found.finished), ("failed", found.failed)):
         if counts:
-            said = ", ".join(f"{count} {kind}s" for kind, count in sorted(counts.items()))
+            said = ", ".join(counted(count, kind) for kind, count in sorted(counts.items()))
             print(f"  {label + ':':<9} {said}")
     for name, value in sorted(found.metrics.items()):
         if not name.startswith("system/"):
-            print(f"  {name}: {value:g}")
+            unit = " bytes·dB" if name == "hypervolume" else ""
+            print(f"  {name}: {value:.4g}{unit}")
     if found.progress is not None:
         since = seconds_since(found.progress["at"])
         ago = f", {clock(since)} ago" if since and found.status == "RUNNING" else ""

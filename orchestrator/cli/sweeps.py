@@ -20,6 +20,7 @@ def validate(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Show what would run."""
     from orchestrator.plan import make_plan
+    from orchestrator.search.summary import searched
     from orchestrator.sweep import open_sweep
 
     sweep, store = open_sweep(options.file)
@@ -36,6 +37,10 @@ def plan(options: argparse.Namespace) -> int:
         print("  of them controls, trained beside the recoveries for comparison:")
     for name, count in summary["controls"].items():
         print(f"    {name:<21} {count['total']:>7,}   {count['cached']:,} done already")
+    for search in made.searches:
+        of = searched(search, store)
+        tried = len(of.trials) + len(of.failed)
+        print(f"  {'search trials':<13} {search.settings.trials:>7,}   {tried:,} done already")
     combinations = summary["trials"]["combinations"]
     if combinations != summary["trials"]["total"]:
         print(f"  ({combinations:,} combinations; those that make no difference run once)")
@@ -49,18 +54,22 @@ def plan(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """Run what a sweep misses, then print the front and where to look."""
     from orchestrator.progress import Progress
-    from orchestrator.report import table
+    from orchestrator.report import front_json, table
     from orchestrator.sweep import run as run_sweep
 
     finished = run_sweep(options.file, Progress(as_json=True) if options.json else None)
+    failed = len(finished.results.failed)
+    if options.json:
+        found = {**front_json(finished.data), "report": str(finished.report.html)}
+        print(json.dumps(found, indent=1))
+        return 1 if failed else 0
     print(table(finished.data, only_front=len(finished.data.done) > MANY))
     print(f"\nreport: {finished.report.html}")
     if bundle_info() is None:  # a shipped file is no place to look again
         print(f"MLflow: prunefield ui {options.file}")
-    if finished.results.failed:
-        print(f"{len(finished.results.failed)} failed; they are listed in the report")
-        return 1
-    return 0
+    if failed:
+        print(f"{failed} failed; they are listed in the report")
+    return 1 if failed else 0
 
 
 def report(options: argparse.Namespace) -> int:

@@ -2,10 +2,12 @@
 
 import bisect
 import math
+import shlex
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from orchestrator import pareto
@@ -53,6 +55,7 @@ class ReportData:
         commit: git commit of the code that writes the report.
         seed: the sweep's seed.
         scene: name of the scene's folder.
+        scene_path: the scene's folder, for the commands that render.
         controls: records of what was trained beside the recoveries, failed ones included, and of
             unpruned models that other sweeps measured.
     """
@@ -68,6 +71,7 @@ class ReportData:
     commit: str | None = None
     seed: int | None = None
     scene: str = ""
+    scene_path: Path | None = None
     controls: tuple[Record, ...] = ()
 
     @cached_property
@@ -193,6 +197,12 @@ class ReportData:
     @cached_property
     def _dense_by_training(self) -> dict[str, Record]:
         return {record.training: record for record in self.dense if record.failure is None}
+
+
+def render_command(model: Path, scene: Path | None, view: int) -> str:
+    """What renders a held-out view of a model file, for a shell; SCENE where it is unknown."""
+    words = ("prunefield", "render", str(model), "--scene", str(scene or "SCENE"))
+    return shlex.join((*words, "--view", str(view), "-o", f"view_{view}.png"))
 
 
 def _same(trial: Record) -> str:

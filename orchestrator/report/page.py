@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from nerf.evaluation import ERROR_MAP_FULL_SCALE
 from orchestrator.pareto import Quality
 from orchestrator.report.data import (
     ReportData,
@@ -31,6 +32,7 @@ from orchestrator.results import Record, method_of
 from orchestrator.units import show_bytes
 
 LOSSES = (0.5, 1.0)
+SCALE = f"mean error of the three colours, black for 0, white from {ERROR_MAP_FULL_SCALE:g} on; "
 QUALITIES: tuple[Quality, ...] = ("psnr", "mse")
 
 
@@ -129,10 +131,8 @@ def _facts(data: ReportData) -> str:
             )
         )
     if data.hypervolume is not None and data.corner is not None:
-        corner = (
-            f"bytes·dB, from {show_bytes(int(data.corner.size_bytes))}, {data.corner.psnr:g} dB"
-        )
-        facts.append(("Hypervolume", f"{data.hypervolume:.4g}", corner))
+        corner = f"from {show_bytes(int(data.corner.size_bytes))}, {data.corner.psnr:g} dB"
+        facts.append(("Hypervolume", f"{data.hypervolume / 1000:,.0f} kB·dB", corner))
     items = "".join(
         f"<div><dt>{e(name)}</dt><dd>{e(value)}<small>{e(more)}</small></dd></div>"
         for name, value, more in facts
@@ -154,9 +154,10 @@ and quality. Stars are baselines. Click a mark, or use the arrow keys, to look a
 <button type="button" class="button" id="reset" hidden>show all</button></p>
 <div class="explorer">
 <div class="card"><div class="chart" id="front" tabindex="0" role="application"
-aria-label="Size against quality. Arrow keys move from model to model."></div>
+aria-label="Size against quality. Arrow keys move from model to model, Enter goes to the chosen one,
+Escape comes back."></div>
 <ul class="legend" id="legend"></ul></div>
-<aside class="card chosen" id="chosen" aria-label="The chosen model"></aside>
+<aside class="card chosen" id="chosen" tabindex="-1" aria-label="The chosen model"></aside>
 </div>"""
 
 
@@ -293,6 +294,7 @@ def _renders(data: ReportData, grids: Sequence[Grid], album: Album) -> str:
 def _grid(data: ReportData, grid: Grid, album: Album, *, errors: bool) -> str:
     what = "Error maps" if errors else "Renders"
     title = f"{what} of held-out view {grid.view}"
+    scale = SCALE if errors else ""
     head = '<th scope="col">Ground truth</th><th scope="col">Dense</th>'
     head = f'<th scope="col">Pruned</th>{head}' + "".join(
         f'<th scope="col">{e(percent(ratio))}</th>' for ratio in data.chosen_ratios
@@ -313,8 +315,8 @@ def _grid(data: ReportData, grid: Grid, album: Album, *, errors: bool) -> str:
         rows.append(f"<tr>{cells}{'<td></td>' * len(data.chosen_ratios)}</tr>")
     table = (
         f'{_scroll(title)}<table class="grid"><caption><span>{e(title)} of training '
-        f"<code>{e(grid.training)}</code>; under each its PSNR on this view and the size of the "
-        f"model file</span></caption><thead><tr>{head}</tr></thead>"
+        f"<code>{e(grid.training)}</code>; {scale}under each its PSNR on this view "
+        f"and the size of the model file</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     return f"<details><summary>{e(title)}</summary>{table}</details>"

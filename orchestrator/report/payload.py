@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nerf.evaluation import ERROR_MAP_FULL_SCALE
 from orchestrator import pareto
 from orchestrator.pareto import Rays
 from orchestrator.report import effects
-from orchestrator.report.data import ReportData, number
+from orchestrator.report.data import ReportData, number, render_command
 from orchestrator.report.effects import FACETS, Facet
 from orchestrator.report.pictures import Album
 from orchestrator.results import Record, method_of
@@ -54,6 +55,7 @@ def payload(data: ReportData, album: Album) -> str:
             "gap": _shares(effects.importance(data.done, effects.below_front(data, quality))),
         },
         "published": _published(data, album),
+        "error_white": ERROR_MAP_FULL_SCALE,
         "views": album.views,
         "pictures": album.renders,
         "truth": album.truth,
@@ -161,11 +163,11 @@ def _detail(record: Record) -> list[float] | None:
 
 
 def _command(data: ReportData, record: Record) -> str | None:
-    if record.kind != "trial":
+    kinds = {"trial": ("trial", record.key), "training": ("checkpoint", record.training)}
+    if record.kind not in kinds:
         return None
-    model = data.store.folder("trial", record.key) / "model.safetensors"
-    view = min((score.view for score in record.views), default=0)
-    return f"prunefield render {model} --scene SCENE --view {view} -o view_{view}.png"
+    model = data.store.folder(*kinds[record.kind]) / "model.safetensors"
+    return render_command(model, data.scene_path, min((v.view for v in record.views), default=0))
 
 
 def _first(data: ReportData, models: list[dict[str, Any]]) -> str | None:

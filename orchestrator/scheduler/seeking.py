@@ -15,7 +15,7 @@ from orchestrator.log import logger
 from orchestrator.plan import SearchPlan, Trial
 from orchestrator.results import Failure
 from orchestrator.scheduler.actors import beside_driver
-from orchestrator.search.summary import write_summary
+from orchestrator.search.summary import searched, write_summary
 from orchestrator.spec import Sweep
 from orchestrator.store import Store
 
@@ -57,7 +57,8 @@ class SearchFeed:
 
     def __init__(self, sweep: Sweep, plan: SearchPlan, store: Store) -> None:
         self.needs = frozenset({plan.training.key, *plan.statistics.values()})
-        self.left = plan.settings.trials
+        known = searched(plan, store)
+        self.left = max(plan.settings.trials - len(known.trials) - len(known.failed), 1)
         self.finished = False
         self.error: Exception | None = None
         self.proposing = 0.0

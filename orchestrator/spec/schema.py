@@ -370,8 +370,8 @@ class TrainSection(_Section):
         Field(
             exclude=True,  # a sweep is what its values are, whoever named them
             description="a named recipe for what is not given here; `large-batch`: 50,000 steps of "
-            "4,096 rays, learning rate 1e-3, decay in 62,500; `fast`: 30,000 steps of 2,048 rays "
-            "by Muon, learning rate 1e-3, along a cosine",
+            "4,096 rays, learning rate 1e-3, decay in 62,500; `fast`: 20,000 steps of 2,048 rays "
+            "by Muon, learning rate 2e-3, along a cosine",
         ),
     ] = "report"
     iterations: Annotated[

@@ -57,6 +57,9 @@ class Backend(Protocol):
     def where(self) -> str:
         """The place, for messages."""
 
+    def reach(self) -> None:
+        """Learn soon whether the place answers at all."""
+
     def prepare(self) -> None:
         """Learn before any work whether the place can be written."""
 
@@ -126,6 +129,9 @@ class LocalBackend:
     def where(self) -> str:
         """The folder."""
         return str(self.root)
+
+    def reach(self) -> None:
+        """A disk answers."""
 
     def prepare(self) -> None:
         """Make the folder and write into it."""

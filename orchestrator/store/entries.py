@@ -77,6 +77,14 @@ class Store:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return (Store, (self.address,))
 
+    def reach(self) -> None:
+        """Ask now whether the storage answers: a silent one would be waited for in each question.
+
+        Raises:
+            StoreError: it does not within about 20 seconds.
+        """
+        self._backend.reach()
+
     def prepare(self) -> None:
         """Make the folder now, to learn before any work whether it can be written.
 

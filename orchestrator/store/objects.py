@@ -38,6 +38,8 @@ from orchestrator.store.backends import FOLDERS, RECORD, Document, atomic_write
 CONNECT_SECONDS = 10
 READ_SECONDS = 30
 ATTEMPTS = 5
+GREETING_SECONDS, GREETINGS = 10, 2
+"""How long, and how often, `reach` waits."""
 CONNECTIONS = 32
 UNSENT = ".unsent"
 # Answers to a conditional write that somebody else was faster with, and to a read of nothing.
@@ -73,6 +75,9 @@ class ObjectBackend:
 
     @cached_property
     def _s3(self) -> Any:
+        return self._client(CONNECT_SECONDS, READ_SECONDS, ATTEMPTS)
+
+    def _client(self, connect: int, read: int, attempts: int) -> Any:
         try:
             import boto3  # noqa: PLC0415  an optional dependency
             from botocore.config import Config  # noqa: PLC0415
@@ -85,9 +90,9 @@ class ObjectBackend:
             return boto3.session.Session().client(
                 "s3",
                 config=Config(
-                    connect_timeout=CONNECT_SECONDS,
-                    read_timeout=READ_SECONDS,
-                    retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
+                    connect_timeout=connect,
+                    read_timeout=read,
+                    retries={"total_max_attempts": attempts, "mode": "standard"},
                     max_pool_connections=CONNECTIONS,
                 ),
             )
@@ -105,6 +110,14 @@ class ObjectBackend:
                 f"cannot {what} the storage {self.where}: {error}; check the bucket, "
                 "AWS_ENDPOINT_URL and the credentials in the environment, then run again"
             ) from error
+
+    def reach(self) -> None:
+        """Ask for the bucket, less patiently than anything later does."""
+        client = self._client(GREETING_SECONDS, GREETING_SECONDS, GREETINGS)
+        from botocore.exceptions import ClientError  # noqa: PLC0415
+
+        with self._speaking("reach"), suppress(ClientError):  # whatever it answers, it is there
+            client.head_bucket(Bucket=self._bucket)
 
     def prepare(self) -> None:
         """Write and remove an object."""

@@ -1,9 +1,10 @@
 """What a sweep's own run shows: pictures by ratio, the front as a table, views of the charts page.
 
-The charts page of MLflow opens on the first ten runs, a chart for every metric. A *shared view*,
-kept as a tag of the experiment where its Share button keeps it, opens it on the runs that matter
-with the charts that answer something. Its format is MLflow's own and written down nowhere: read off
-version 3.17's page, checked in a browser. A version that reads it otherwise says so and shows all.
+The charts page of MLflow opens on the first ten runs, a chart for every metric; its table shows
+when runs were made, and no result. A *shared view*, kept as a tag of the experiment where its Share
+button keeps it, opens them on the runs that matter with the charts and columns that answer
+something. Its format is MLflow's own and written down nowhere: read off version 3.17's page,
+checked in a browser. A version that reads it otherwise says so and shows all.
 """
 
 import json
@@ -17,6 +18,7 @@ from orchestrator.tracking import names
 SHARED_VIEW = "mlflow.sharedViewState."
 SECTION = "prunefield"
 TABLES = "mlflow.loggedArtifacts"
+COLUMNS = ("size_bytes", "psnr", "ssim", "mse", "validation_psnr")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Gallery:
         images: its grids of pictures.
         tables: by file name, rows by column.
         params: what to draw as axes of the parallel coordinates, besides size and PSNR.
+        amounts: params that say how much was removed, for the table: ratio, size.
         side_by_side: a picture of each run of the front and of the dense models, by the record's
             key: all at step 0, so that the charts page shows them beside each other.
     """
@@ -49,6 +52,7 @@ class Gallery:
     images: tuple[GridImage, ...] = ()
     tables: Mapping[str, Mapping[str, Sequence[Any]]] | None = None
     params: tuple[str, ...] = ()
+    amounts: tuple[str, ...] = ()
     side_by_side: Mapping[str, GridImage] = field(default_factory=dict)
 
 
@@ -102,11 +106,13 @@ def _view(where: str, gallery: Gallery) -> str:
             "runsCountToCompare": 100,
         }
     section = {"uuid": SECTION, "name": "Size and quality", "display": True, "columns": 2}
+    columns = [f"params.`{name}`" for name in (*gallery.params, *gallery.amounts)]
     state = {
         "searchFilter": where,
         "orderByKey": "metrics.`psnr`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",
+        "selectedColumns": columns + [f"metrics.`{name}`" for name in COLUMNS],
         "compareRunCharts": charts,
         "compareRunSections": [
             {**section, "isReordered": False, "deleted": False, "isGenerated": False}

@@ -13,7 +13,7 @@ from orchestrator.keys import content_key
 from orchestrator.panel import thinned
 from orchestrator.results import Record, method_of
 from orchestrator.store import Store
-from orchestrator.units import show_bytes
+from orchestrator.units import counted, show_bytes
 
 URI_VARIABLE = "PRUNEFIELD_TRACKING_URI"
 
@@ -54,7 +54,7 @@ class SweepInfo:
         hardware: the machine that drives the sweep.
         seed: the sweep's seed.
         created: UTC time, ISO 8601.
-        planned: how many trainings, calibrations and trials were planned.
+        planned: how many were planned, by what one of them is called: training, calibration, trial.
         description: a sentence of the sweep file.
     """
 
@@ -115,7 +115,7 @@ def lease_of(name: str, sweep_hash: str) -> str:
 
 def sweep_tags(info: SweepInfo) -> dict[str, str]:
     """Tags of the parent run."""
-    planned = ", ".join(f"{count} {what}" for what, count in info.planned.items())
+    planned = ", ".join(counted(count, what) for what, count in info.planned.items())
     return _strings(
         {
             KIND: "sweep",

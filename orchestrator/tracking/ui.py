@@ -23,7 +23,7 @@ from orchestrator.tracking.gallery import SHARED_VIEW, view_key
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 MAX_COMPARED = 100
-CHARTS = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
+MODE = {"workflowType": "machine_learning"}
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,19 @@ def links(address: str, uri: str, experiment: str, sweep_hash: str) -> Links:
     }
     base = f"{address}/#/experiments/{found.experiment_id}/runs"
     pages = {
-        which: f"{base}?{_query({**CHARTS, 'viewStateShareKey': key})}"
+        (
+            which,
+            mode,
+        ): f"{base}?{_query({**MODE, 'compareRunsMode': mode, 'viewStateShareKey': key})}"
         for which, key in shared.items()
+        for mode in ("CHART", "TABLE")
     }
-    return replace(made, charts=pages.get("all", made.charts), front=pages.get("front"))
+    return replace(
+        made,
+        charts=pages.get(("all", "CHART"), made.charts),
+        table=pages.get(("all", "TABLE"), made.table),
+        front=pages.get(("front", "CHART")),
+    )
 
 
 def build_links(address: str, experiment_id: str, parent: str, front: Iterable[str]) -> Links:

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -16,10 +17,12 @@ import pytest
 
 from orchestrator.errors import StoreError
 from orchestrator.results import Failure, Record
-from orchestrator.store import Held, Lease, Store, leases
+from orchestrator.store import Held, Lease, Store, leases, objects
 from orchestrator.store.leases import Owner
+from orchestrator.sweep import open_sweep
 from tests.services import KEYS, make_bucket, s3_server
 from tests.unit.record_builder import training_record, trial_record
+from tests.unit.sweep_builder import mapping, text
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore")
 
@@ -387,3 +390,36 @@ def test_compare_and_swap_lets_one_of_two_win(store: Store) -> None:
 
 def test_beats_are_well_within_a_lease() -> None:
     assert leases.BEATS >= 3
+
+
+def test_a_bucket_that_never_says_anything_is_an_error_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and is silent; whoever works already is more patient with it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name, value in KEYS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
+        assert objects.GREETING_SECONDS * objects.GREETINGS < objects.READ_SECONDS
+        monkeypatch.setattr(objects, "GREETING_SECONDS", 1)
+        sweep = tmp_path / "sweep.yaml"
+        sweep.write_text(text(mapping(storage="s3://a-bucket/sweeps")))
+        with pytest.raises(
+            StoreError, match="cannot reach the storage s3://a-bucket/sweeps: Re"
+        ):
+            open_sweep(sweep)
+
+
+def test_a_bucket_that_answers_no_is_reached(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with it is said by the first question that it does not answer."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
+    store = Store("s3://no-such-bucket-here/sweeps")
+    store.reach()
+    with pytest.raises(StoreError, match="NoSuchBucket"):
+        store.prepare()

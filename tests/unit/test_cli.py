@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from nerf.checkpoints import load_model, save_model
 from nerf.field import FieldShape, NerfModel, SampleCounts
+from nerf.scenes import SceneSettings, load_scene
 from orchestrator.cli import main
+from orchestrator.cli.models import _open
 from orchestrator.cli.parser import build_parser
+from orchestrator.stages import scene_info
 from pruning import CRITERIA
-from tests.unit.sweep_builder import HOLDOUT, mapping, text
+from tests.unit.sweep_builder import HOLDOUT, mapping, sweep, text
 
 COMMANDS = (
     "validate",
@@ -297,12 +301,30 @@ def test_pictures_too_small_for_ssim_have_none(run: Run, files: dict[str, Path])
     assert found["ssim"] is None
 
 
+def test_a_scene_is_read_as_the_sweep_read_it(files: dict[str, Path], tmp_path: Path) -> None:
+    model, _ = load_model(files["model"])
+    scene = load_scene(SceneSettings(path=files["scene"], holdout=HOLDOUT))
+    settings = SceneSettings(path=files["scene"], holdout=HOLDOUT, bd_factor=0.25)
+    said = scene_info(replace(sweep(), scene=settings), scene)
+    assert said["bd_factor"] == 0.25
+    assert "test_skip" not in said  # as always: nothing to say
+    other = tmp_path / "other.safetensors"
+    save_model(other, model, {"scene": said})
+    command = ["render", str(other), "--scene", str(files["scene"]), "--view", "0", "-o", "x.png"]
+    _, found, _ = _open(build_parser().parse_args(command))
+    assert found.fingerprint == load_scene(settings).fingerprint != scene.fingerprint
+
+
 def test_a_checkpoint_that_speaks_nonsense_of_its_scene_is_still_measured(
     run: Run, files: dict[str, Path], tmp_path: Path
 ) -> None:
     model, _ = load_model(files["model"])
     odd = tmp_path / "odd.safetensors"
-    for said in ("text", {"holdout": "8", "factor": 0.5, "ndc": 3}, {"holdout": True}):
+    for said in (
+        "text",
+        {"holdout": "8", "factor": 0.5, "ndc": 3},
+        {"holdout": True, "test_skip": "2"},
+    ):
         save_model(odd, model, {"scene": said})
         found = evaluate(run, {**files, "odd": odd}, "--max-rays", 5, model="odd")
         assert [view["view"] for view in found["views"]] == [0, 8, 16]

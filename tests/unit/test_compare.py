@@ -19,7 +19,7 @@ from orchestrator.compare import (
     mean_difference,
 )
 from orchestrator.pareto import Point, front
-from tests.unit.record_builder import training_record, trial_record
+from tests.unit.record_builder import DENSE_BYTES, training_record, trial_record
 from tests.unit.test_pick import MODELS, sweep
 
 
@@ -77,6 +77,7 @@ def test_sweeps_are_told_apart_and_the_better_is_named() -> None:
     assert same.names == ("picked ab12ab12", "picked cd34cd34")
     alike = compare_sweeps(sweep(*MODELS), sweep(*MODELS))
     assert alike.names == ("picked (first)", "picked (second)")
+    assert alike.sentence.endswith("their hypervolumes are the same.")
 
 
 def test_fronts_without_a_common_size_are_not_ranked() -> None:
@@ -93,6 +94,27 @@ def test_trials_are_compared_in_every_metric_that_both_have() -> None:
     psnr = next(row for row in found.metrics if row[0] == "psnr")
     assert psnr[3:] == (first.metrics["psnr"], second.metrics["psnr"])
     assert compare_trials(trial_record(dense, 0.3), trial_record(dense, 0.5)).dominates is None
+    level = compare_trials(first, replace(first, key="level")).sentence
+    assert level.endswith("level has the same PSNR and the same size: they are level.")
+
+
+def test_a_trial_is_told_in_words_from_its_dense_model() -> None:
+    dense = training_record()
+    trial = trial_record(dense, 0.5, "random")
+    found = compare_trials(dense, trial)
+    loss = dense.metrics["psnr"] - trial.metrics["psnr"]
+    saved = dense.metrics["size_bytes"] - trial.metrics["size_bytes"]
+    assert found.sentence == (
+        f"Against {dense.key}, {trial.key} has {loss:.3f} dB less and {saved:,.0f} bytes "
+        f"({100 * saved / DENSE_BYTES:.1f} %) less: neither is better in both."
+    )
+    assert found.changes["ratio"] == (None, 0.5)
+    assert "iterations" not in found.changes  # of the training, which both have in common
+
+
+def test_what_lacks_a_size_is_not_ranked() -> None:
+    dense = training_record()
+    first, second = trial_record(dense, 0.3), trial_record(dense, 0.3, "random")
     assert "lack" in compare_trials(first, replace(second, metrics={})).sentence
 
 
@@ -105,7 +127,7 @@ def test_what_only_one_has_of_held_out_views_is_compared_on_validation_rays() ->
     unseen = {name: v for name, v in other.metrics.items() if name not in ("psnr", "mse")}
     found = compare_trials(one, replace(other, metrics=unseen))
     assert found.dominates == one.key
-    assert "-0.250 dB on the validation rays" in found.sentence
+    assert "0.250 dB less on the validation rays" in found.sentence
     assert "validation_psnr" in found.to_json()["metrics"]
     assert "lack a size" in compare_trials(data.trials[0], replace(other, metrics=unseen)).sentence
 

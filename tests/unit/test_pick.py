@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +111,14 @@ def test_the_knee_does_not_depend_on_units(models: list[tuple[int, float]]) -> N
 
 
 def test_the_answer_names_trial_loss_file_and_command() -> None:
-    chosen = pick(sweep((DENSE_BYTES / 10, 24.75)), scene=Path("data/fern"))
+    chosen = pick(sweep((DENSE_BYTES / 10, 24.75)), scene=Path("my data/fern"))
     assert chosen.record.key in chosen.sentence
     assert "0.25 dB under the dense model and 10.0 times smaller" in chosen.sentence
-    command = chosen.render_command.split()
+    command = shlex.split(chosen.render_command)
     assert command[:3] == ["prunefield", "render", str(chosen.model)]
-    assert command[command.index("--scene") + 1] == "data/fern"
+    assert command[command.index("--scene") + 1] == "my data/fern"
+    level = pick(sweep((DENSE_BYTES - 1, 24.999)), max_size=DENSE_BYTES - 1)
+    assert "level with the dense model (" in level.sentence
     data = chosen.to_json()
     json.dumps(data, allow_nan=False)
     assert data["id"] == chosen.record.key

@@ -2,14 +2,18 @@
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestrator.panel import gpus, thinned
+from orchestrator.cli import main
+from orchestrator.panel import gpus, line, thinned
 from orchestrator.pareto import front, points
 from orchestrator.progress import GpuUse, Progress, gpu_use
 from orchestrator.results import Failure
@@ -48,7 +52,67 @@ def test_the_state_says_how_many_are_under_way_until_all_have_ended() -> None:
     assert (show.state()["running"], show.state()["stage"]) == (2, "starting")
     for record in (training_record(), None, None):
         show.ended(record)
-    assert (show.state()["running"], show.state()["stage"]) == (0, "finished")
+    assert (show.state()["running"], show.state()["stage"]) == (0, "writing the report")
+    with show:
+        show.started(9)  # about, of a search that needs fewer
+    assert (show.state()["total"], show.state()["stage"]) == (3, "finished")
+
+
+def test_the_rate_counts_from_when_trials_could_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    show = Progress(Console(file=io.StringIO()))
+    show.started(9)
+    now[0] += 50  # Ray starts, the dense model is trained
+    dense = training_record()
+    show.ended(dense)
+    now[0] += 30
+    for seed in range(4):  # a batch ends at once
+        show.ended(trial_record(dense, 0.5, seed=seed))
+    assert show.state()["trials_per_minute"] == pytest.approx(8)
+    assert show.state()["left_seconds"] == pytest.approx(30)
+    now[0] += 30
+    for seed in range(4, 8):
+        show.ended(trial_record(dense, 0.5, seed=seed))
+    now[0] += 60  # the report is written
+    assert show.state()["trials_per_minute"] == pytest.approx(8)
+
+
+def test_time_left_is_of_the_sweep_beside_that_of_its_trainings() -> None:
+    out = io.StringIO()
+    show = Progress(Console(file=out, width=200))
+    show.started(20)
+    training = SimpleNamespace(key="ab" * 8, recipe=SimpleNamespace(iterations=400))
+    report = {"iteration": 100, "rate": 10.0, "loss": 0.01, "train_psnr": 20.0}
+    show.progress(training, {**report, "node_ip": "127.0.0.1"})
+    assert show.state()["trainings"] == {training.key: {**report, "iterations": 400}}
+    assert (show.state()["stage"], show.state()["left_seconds"]) == ("training", None)
+    assert "10 it/s, about 0:30 left" in out.getvalue()
+    show.progress(training, {**report, "iteration": 400})
+    assert show.state()["stage"] == "evaluating the dense model"
+
+
+def test_the_front_of_a_search_is_that_of_the_validation_rays() -> None:
+    show = Progress(Console(file=io.StringIO()))
+    dense = training_record()
+    dense = replace(
+        dense, metrics={**dense.metrics, "validation_psnr": 25.0, "validation_mse": 0.003}
+    )
+    show.known([dense, trial_record(dense, 0.9)])  # the second was not measured on these rays
+    assert [p["model"] for p in show.state()["front"]] == ["activation both 90% uniform", "dense"]
+    show.started(9)
+    scores = {"size_bytes": 1e6, "validation_psnr": 24.0, "validation_mse": 0.004}
+    trial = replace(trial_record(dense, 0.5, schedule="searched"), metrics=scores)
+    show.ended(trial)
+    final = replace(trial, key="of the final front", metrics={**trial.metrics, "psnr": 23.5})
+    show.ended(final)
+    state = show.state()
+    assert state["front_rays"] == "validation"
+    assert [(p["size_bytes"], p["psnr"]) for p in state["front"]] == [
+        (1e6, 24.0),
+        (dense.metrics["size_bytes"], 25.0),
+    ]
+    assert "(validation rays)" in line(state)
 
 
 @given(st.integers(0, 60), st.integers(1, 12))
@@ -75,7 +139,7 @@ def test_a_terminal_shows_stage_bar_failures_and_front() -> None:
     done = run(show)
     console.print(show)
     text = out.getvalue()
-    for words in ("finished", "6/6", "1 failed", "front so far", "activation both 30%"):
+    for words in ("finished", "6/6 done", "1 failed", "front", "activation both 30%"):
         assert words in text
     smallest = front(points(done))[0]
     assert f"{smallest.psnr:.2f} dB" in text
@@ -92,3 +156,16 @@ def test_gpu_use_comes_from_nvidias_tool(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu_use() == []
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert gpu_use() == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_run_as_json_prints_nothing_else(
+    write_results: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_results()
+    assert main(["run", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert Path(said["report"]).is_file()
+    assert main(["front", str(path), "--json"]) == 0
+    front_alone = json.loads(capsys.readouterr().out)
+    assert {name: said[name] for name in front_alone} == front_alone

@@ -139,6 +139,15 @@ def test_the_plot_is_walked_by_keyboard(opened: Opened, data: ReportData) -> Non
     plot.press("ArrowLeft")
     assert opened.chosen() == seen[2]
     assert "dB" in opened.page.locator("#said").inner_text()
+    tip = opened.page.locator("#front .tip")
+    assert tip.count() == 1
+    plot.press("Escape")
+    assert tip.count() == 0
+    plot.press("Enter")
+    focus = "document.activeElement.id"
+    assert opened.page.evaluate(focus) == "chosen"
+    opened.page.keyboard.press("Escape")
+    assert opened.page.evaluate(focus) == "front"
 
 
 def test_a_filter_hides_trials_everywhere(opened: Opened, data: ReportData) -> None:
@@ -182,6 +191,31 @@ def test_the_swipe_slider_moves_by_keyboard_and_mouse(opened: Opened) -> None:
     assert abs(float(opened.page.evaluate(at).rstrip("%")) - 25) < 5
     opened.page.locator("#chosen select").nth(1).select_option("error")
     assert "error map" in opened.page.locator("#chosen .tag.right").inner_text()
+    assert "white from 0.25 on" in opened.page.locator("#chosen").inner_text()
+
+
+def test_names_of_baselines_and_published_points_do_not_overlap(
+    chromium: Any, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    dense = save(store, training_record(psnr=26.77), width=504, height=378)
+    trials = [save(store, trial_record(dense, 0.0, bits=bits)) for bits in ("int8", "int6", "int4")]
+    places = ((2.5e6, 26.5), (3.5e6, 26.4), (4.5e6, 26.3))  # beside what was published
+    for i, (size, psnr) in enumerate(places):
+        metrics = {**trials[i].metrics, "size_bytes": size, "psnr": psnr}
+        trials[i] = replace(trials[i], metrics=metrics)
+    data = ReportData("fern", "ab12" * 4, (dense,), tuple(trials), store, scene="fern")
+    tab = Opened(chromium, write_report(data, tmp_path / "report").html)
+    tab.page.get_by_text("published elsewhere").click()
+    assert tab.page.locator("#front .ghost").count() == 9
+    boxes = [name.bounding_box() for name in tab.page.locator("#front text.name").all()]
+    assert len(boxes) > 6
+    for i, a in enumerate(boxes):
+        for b in boxes[i + 1 :]:
+            apart = max(a["x"], b["x"]) >= min(a["x"] + a["width"], b["x"] + b["width"])
+            assert apart or abs(a["y"] - b["y"]) > 10
+    assert tab.wrong == []
+    tab.context.close()
 
 
 @pytest.mark.parametrize("plane", ["MSE", "SSIM", "render time"])

@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 
 from orchestrator.errors import SearchError
 from orchestrator.plan import SearchPlan, Trial, make_plan
+from orchestrator.scheduler.seeking import SearchFeed
 from orchestrator.search import lasting
 from orchestrator.search.lasting import LastingSearch
 from orchestrator.search.search import Search, open_study, study_url
@@ -214,6 +215,16 @@ def test_more_trials_go_on_with_the_same_study(tmp_path: Path, demo_folder: Path
     assert not is_finished(more.plan, more.store)
     more.drive(more.search())
     assert more.told() == whole.told()
+
+
+def test_more_trials_are_counted_beside_those_that_are_known(
+    tmp_path: Path, demo_folder: Path
+) -> None:
+    desk = Desk(tmp_path, demo_folder)
+    assert SearchFeed(desk.sweep, desk.plan, desk.store).left == 16
+    desk.drive(desk.search())
+    more = Desk(tmp_path, demo_folder, trials=21)
+    assert SearchFeed(more.sweep, more.plan, more.store).left == 5
 
 
 def test_a_search_whose_time_is_over_ends_in_order_and_more_time_goes_on(

@@ -40,7 +40,7 @@ INFO = SweepInfo(
     hardware=SYNTHETIC,
     seed=0,
     created="2026-01-02T03:04:05+00:00",
-    planned={"trainings": 1, "trials": 2},
+    planned={"training": 1, "trial": 2},
 )
 
 
@@ -604,6 +604,9 @@ def test_the_sweeps_run_carries_pictures_tables_and_views_of_the_front(store: St
     chosen = seen.client.search_runs([seen.experiment_id], state["searchFilter"])
     assert {r.data.tags[names.KEY] for r in chosen} == {dense.key, *(t.key for t in trials)}
     assert state["runsHiddenMode"] == "SHOW_ALL"
+    assert "viewStateShareKey" in found.table
+    assert "compareRunsMode=TABLE" in found.table
+    assert {"params.`ratio`", "metrics.`psnr`"} < set(state["selectedColumns"])
     (grid,) = [chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE"]
     (key,) = grid["imageKeys"]
     for run in seen.runs:

@@ -247,8 +247,8 @@
       }
     }
     for (const p of ghosts) {
-      g.append(h("path", { d: shape("triangle", x(p.x), y(p.y), 5.5), fill: "none", stroke: "var(--ghost)",
-        "stroke-width": 1.5, "stroke-dasharray": "3 2" }));
+      g.append(h("path", { d: shape("triangle", x(p.x), y(p.y), 5.5), fill: "none", stroke: "var(--soft)",
+        "stroke-width": 1.5, "stroke-dasharray": p.published.same ? null : "2.5 1.5", class: "ghost" }));
     }
     const order = [...dots].sort((a, b) => onFront.has(a.model.id) - onFront.has(b.model.id));
     for (const p of order) {
@@ -262,7 +262,7 @@
         }
       }
       g.append(h("path", { d: shape(SHAPES[p.model.f.networks], x(p.x), y(p.y), front ? 5.6 : 4.2), fill: colour,
-        "fill-opacity": front ? 1 : 0.55, stroke: front ? "var(--card)" : "none", "stroke-width": 1.2,
+        class: front ? null : "off", stroke: front ? "var(--card)" : "none", "stroke-width": 1.2,
         "data-id": p.model.id }));
     }
     for (const p of others) {
@@ -288,13 +288,19 @@
     });
   }
   function nameBaselines(box, others, ghosts, front, x, y) {
-    const taken = [...others, ...front].map((p) => [x(p.x) - 6, y(p.y) - 7, 12]);
+    const mark = (p) => [x(p.x) - 6, y(p.y) - 7, 12];
+    const taken = [...others, ...front].map(mark);
     const wanted = [...others.map((p) => [p, p.model.role]), ...ghosts.map((p) => [p, p.published.name])];
     const named = new Set();
+    let own = true; // the sweep's own names come first, published marks give way to them
     for (const [p, text] of wanted) {
       if (named.has(text)) continue;
       named.add(text);
-      const w = 6.6 * text.length;
+      if (p.published && own) { own = false; taken.push(...ghosts.map(mark)); }
+      let placed = false;
+      const name = h("text", { class: "name", "fill-opacity": p.published ? 0.7 : 1 }, text);
+      box.svg.append(name);
+      const w = name.getComputedTextLength();
       for (const [dx, dy, anchor] of [[10, -8, "start"], [-10, -8, "end"], [10, 17, "start"], [-10, 17, "end"],
         [0, -18, "middle"], [0, 28, "middle"]]) {
         const left = x(p.x) + dx - (anchor === "end" ? w : anchor === "middle" ? w / 2 : 0), top = y(p.y) + dy - 11;
@@ -302,11 +308,14 @@
           && !taken.some((t) => left < t[0] + t[2] && t[0] < left + w && Math.abs(t[1] - top) < 14);
         if (free) {
           taken.push([left, top, w]);
-          box.svg.append(h("text", { class: "name", x: x(p.x) + dx, y: y(p.y) + dy, "text-anchor": anchor,
-            "fill-opacity": p.published ? 0.6 : 1 }, text));
+          for (const [key, value] of Object.entries({ x: x(p.x) + dx, y: y(p.y) + dy, "text-anchor": anchor })) {
+            name.setAttribute(key, value);
+          }
+          placed = true;
           break;
         }
       }
+      if (!placed) name.remove();
     }
   }
   function nearest(px, py, reach = 26) {
@@ -333,6 +342,11 @@
   host.addEventListener("keydown", (event) => {
     const moves = { ArrowRight: 1, ArrowLeft: -1, Home: "first", End: "last" };
     const move = moves[event.key];
+    if (event.key === "Escape") tip(host);
+    if (event.key === "Enter" && byId.has(state.chosen)) {
+      event.preventDefault();
+      $("chosen").focus();
+    }
     if (move === undefined) return;
     event.preventDefault();
     const order = shown.filter((p) => p.model).sort((a, b) => a.x - b.x || a.y - b.y);
@@ -346,6 +360,7 @@
     say(`${titleOf(p)}: ${linesOf(p, PLANES[state.plane])[0]}`);
   });
   host.addEventListener("blur", () => tip(host));
+  $("chosen").addEventListener("keydown", (event) => { if (event.key === "Escape") host.focus(); });
 
   // --- controls --------------------------------------------------------------------------
 
@@ -423,7 +438,7 @@
       h("li", {}, ({ circle: "●", diamond: "◆", triangle: "▲", square: "■" })[SHAPES[n]] || "●", " " + n)),
     h("li", {}, "★ baseline"), h("li", {}, "━ front"),
     ...(data.published.some((p) => p.same) && state.published ? [h("li", {}, "△ published")] : []),
-    ...(state.elsewhere ? [h("li", {}, "△ published for another resolution or as a mean over scenes: " +
+    ...(state.elsewhere ? [h("li", {}, "△ dashed: published for another resolution or as a mean over scenes, " +
       "not directly comparable")] : []));
     count();
   }
@@ -512,6 +527,10 @@
       "aria-label": name + " picture", onchange: (e) => { state[name] = e.target.value; drawChosen(); },
     }, ...options.map((o) => h("option", { value: o, ...(o === value ? { selected: "" } : {}) }, SIDES[o]))));
     const found = [stack, h("div", { class: "sides" }, side("left", left), side("right", right))];
+    if (left === "error" || right === "error") {
+      found.push(h("p", { class: "soft" }, "Error map: mean error of the three colours, black for 0, " +
+        `white from ${data.error_white} on.`));
+    }
     const views = Object.keys(data.pictures[model.id] || {});
     if (views.length > 1) {
       const bar = h("div", { class: "row" }, h("span", { class: "soft" }, "held-out view"));
@@ -615,7 +634,7 @@
     const y = scale(Math.min(...ys) - pad, Math.max(...ys) + pad, box.bottom, box.top, false);
     for (const t of ticks(y, 5)) {
       box.svg.append(h("line", { class: "grid", x1: box.left, x2: box.right, y1: y(t), y2: y(t) }),
-        h("text", { x: box.left - 7, y: y(t) + 4, "text-anchor": "end" }, String(t)));
+        h("text", { x: box.left - 7, y: y(t) + 4, "text-anchor": "end" }, String(t).replace("-", "−")));
     }
     const narrow = x(1) - x(0) < 90;
     ["flattest", "2", "3", "4", "most detailed"].forEach((text, k) => box.svg.append(h("text", {
