@@ -7,15 +7,17 @@ a plain training. The network is evaluated once at the coarse samples and once a
 work on whole rows (`nerf.kernels.rounded`).
 """
 
-import math
 from collections.abc import Iterator, Mapping
+from copy import copy
 
 import torch
 import triton
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nerf.backends import power_of_two
 from nerf.devices import arithmetic
+from nerf.errors import NerfError
 from nerf.field import NerfModel
 from nerf.fused import (
     ERRORS_A_STEP,
@@ -29,7 +31,7 @@ from nerf.kernels.mlp import FusedField
 from nerf.muon import MOMENTUM, orthogonalized
 from nerf.pool import Batches, RayPool
 from nerf.recipe import MOST_EXCESS, PRICE_GAIN, SHARED_COARSE, RecoveryRecipe, Squeeze
-from nerf.recovery import Moments
+from nerf.recovery import FIRST_PRICE, Moments
 from nerf.rendering import RenderSettings
 from nerf.rounding import RoundedLayer, levels, parse_scheme
 from nerf.rows import Rows, stack_of
@@ -37,11 +39,24 @@ from nerf.sampling import strata
 from nerf.steps import BETAS, EPSILON
 
 SCHEDULE = 5  # numbers of an iteration, see `update_rows`
+KINDS = ((False, False), (True, False), (True, True))
+"""Whether weights are rounded, and whether their codes have a price: the kinds of steps."""
+CHANGED = (
+    "_values", "_first", "_second", "_start", "_tops", "_changes", "_g_changes", "_stack",
+    "_costs", "_code_sums", "_sums",
+)  # fmt: skip
+"""What steps hand on to later ones, beside the counter and the price."""
 
 
 def can_round(layers: Mapping[str, RoundedLayer]) -> bool:
     """Whether the kernels round weights so."""
     return all(parse_scheme(layer.scheme)[0] == "int" for layer in layers.values())
+
+
+def corrections(steps: Int[Tensor, " n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Adam's 1 / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ) for t steps, float64; 0 where there were none."""
+    begun, steps = steps > 0, steps.clamp(min=1).double()
+    return begun / (1.0 - BETAS[0] ** steps), begun / (1.0 - BETAS[1] ** steps).sqrt()
 
 
 class FusedRecovery:
@@ -109,8 +124,11 @@ class FusedRecovery:
         self._constants = torch.full((6,), -1.0, dtype=torch.float64, device=device)
         self._unused = empty(SCHEDULE)
         self._schedule = empty(1, SCHEDULE)
+        rates = [recipe.rate_at(iteration) for iteration in range(recipe.iterations)]
+        self._rates = torch.tensor(rates, dtype=torch.float64)
         self._schedules = self._planned()
         self._renew()
+        self._try()
 
     def _allocate(self, coarse: int, drawn: int) -> None:
         """What a step works on."""
@@ -141,20 +159,41 @@ class FusedRecovery:
 
     def _planned(self) -> Tensor:
         """The schedule of every iteration, see `nerf.kernels.rounded.update_rows`."""
-        recipe = self._recipe
+        steps = torch.arange(1, len(self._rates) + 1)
+        first, second = corrections(steps)
+        of_m, of_v = corrections(steps - self._rounded_since)
+        columns = self._rates * first, second, self._rates * of_m, of_v, self._rates
+        return torch.stack(columns, dim=1).float().to(self.device)
 
-        def corrections(step: int) -> tuple[float, float]:
-            if step < 1:
-                return 0.0, 0.0
-            return 1.0 / (1.0 - BETAS[0] ** step), 1.0 / math.sqrt(1.0 - BETAS[1] ** step)
+    def _try(self) -> None:
+        """Run a step of every kind once, on copies: what has to compile, compiles now.
 
-        rows: list[tuple[float, ...]] = []
-        for iteration in range(recipe.iterations):
-            rate = recipe.rate_at(iteration)
-            first, second = corrections(iteration + 1)
-            later = corrections(iteration + 1 - self._rounded_since if self._rounds else 0)
-            rows.append((rate * first, second, rate * later[0], later[1], rate))
-        return torch.tensor(rows or [(0.0,) * SCHEDULE], device=self.device)
+        The copies lie in memory as the originals do, and all numbers are those of the steps to
+        come: whatever Triton distinguishes them by, no later step needs another kernel.
+        """
+        trial = copy(self)
+        for name in CHANGED:
+            setattr(trial, name, getattr(self, name).clone())
+        trial.generator = torch.Generator(self.device)
+        trial._price = torch.full((), FIRST_PRICE, device=self.device)
+        trial._tops.fill_(levels("int", 8)[1])
+        trial._start.copy_(1.0 / trial._tops)
+        batches = trial._batches = copy(self._batches)
+        batches.order = torch.arange(len(batches.order), dtype=torch.int32, device=self.device)
+        batches.counter = batches.counter.clone()
+        errors = []
+        with arithmetic("float32", self.device):
+            for rounds, squeeze in KINDS:
+                batches.counter.zero_()
+                trial._rounds = rounds
+                trial._squeeze = Squeeze.of(self._recipe) if squeeze else None
+                trial._update(update=False)
+                trial._step()
+                errors += [trial._coarse_errors.clone(), trial._errors.clone()]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if not bool(torch.isfinite(torch.stack(errors)).all()):
+            raise NerfError("the fused kernels gave errors of a recovery that are not finite")
 
     # --- rounding --------------------------------------------------------------------------
 

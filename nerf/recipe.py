@@ -212,7 +212,7 @@ class Squeeze:
     @classmethod
     def of(cls, recipe: RecoveryRecipe) -> "Squeeze":
         """That of a recipe."""
-        rounded = recipe.iterations - recipe.rounding_at
+        rounded = max(1, recipe.iterations - recipe.rounding_at)
         return cls(recipe.rounding_at, max(1.0, SQUEEZED_BY * rounded), PRICE_RATE / rounded)
 
     def share(self, iteration: int) -> float:

@@ -6,6 +6,7 @@ fp32, so that a step can be compared tightly: same rays, same random numbers, sa
 
 import importlib.util
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ if importlib.util.find_spec("triton") is None:
 import triton_interpreter
 
 triton_interpreter.use_interpreter_without_gpu()  # before anything imports Triton
+
+from triton.runtime.jit import KernelInterface
 
 from nerf import backends
 from nerf.field import FieldShape, NerfModel, SampleCounts
@@ -31,8 +34,8 @@ from nerf.training import Trainer
 from tests.tiny_scene import tiny_scene
 
 with triton_interpreter.unchecked_imports():
-    from nerf import fused, fused_recovery  # noqa: F401
-    from nerf.kernels import mlp
+    from nerf import fused, fused_recovery
+    from nerf.kernels import mlp, rounded
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -85,6 +88,14 @@ def distance(one, other):
     """Of two sets of weights: relative, in the Euclidean norm."""
     flat = [torch.cat([w.flatten() for w in weights.values()]) for weights in (one, other)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """In the interpreter, recoveries that do not try their kernels first: it takes seconds, and
+    `test_all_kernels_of_a_recovery_are_tried_and_nothing_else_happens` shows it changes nothing."""
+    if not GPU:
+        monkeypatch.setattr(fused_recovery.FusedRecovery, "_try", lambda _self: None)
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +317,7 @@ def rounding_of(recovery, scheme):
     return {"fine": layers}
 
 
+@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize(
     ("optimizer", "scheme", "noise"),
     [("adam", "int6", 0.0), ("muon", "int3", 0.5)],
@@ -357,6 +369,7 @@ def test_a_recovery_in_whole_steps_is_the_eager_one(optimizer, scheme, noise):
     assert kernels.bits() == pytest.approx(plain.bits(), rel=5e-3)
 
 
+@pytest.mark.usefixtures("untried")
 def test_an_interrupted_recovery_in_whole_steps_is_the_undisturbed_one(tmp_path):
     def fresh():
         recipe = RecoveryRecipe(
@@ -380,6 +393,26 @@ def test_an_interrupted_recovery_in_whole_steps_is_the_undisturbed_one(tmp_path)
         assert torch.equal(mine, other), name
 
 
+@pytest.mark.parametrize("since", [0, 3, 12])
+def test_the_schedule_of_a_recovery_is_that_of_its_formulas(since):
+    recipe = RecoveryRecipe(12, learning_rate=2e-3)
+    steps = object.__new__(fused_recovery.FusedRecovery)
+    steps.device, steps._rounded_since = DEVICE, since
+    steps._rates = torch.tensor([recipe.rate_at(i) for i in range(12)], dtype=torch.float64)
+
+    def corrections(step):
+        if step < 1:
+            return 0.0, 0.0
+        return 1.0 / (1.0 - 0.9**step), 1.0 / math.sqrt(1.0 - 0.999**step)
+
+    for iteration, found in enumerate(steps._planned().tolist()):
+        rate = recipe.rate_at(iteration)
+        m, v = corrections(iteration + 1)
+        of_m, of_v = corrections(iteration + 1 - since)
+        assert found == pytest.approx([rate * m, v, rate * of_m, of_v, rate], rel=1e-6)
+
+
+@pytest.mark.usefixtures("untried")
 def test_grids_that_the_kernels_do_not_know_are_trained_step_by_step():
     runs = []
     for backend in ("fused", "eager"):
@@ -400,6 +433,107 @@ def test_grids_that_the_kernels_do_not_know_are_trained_step_by_step():
         runs.append({name: value.detach().clone() for name, value in recovery._parameters})
     moved = distance(runs[1], {name: torch.zeros_like(value) for name, value in runs[1].items()})
     assert distance(*runs) < (0.05 if GPU else 1e-4) * moved
+
+
+# Trying the kernels of a recovery before its first step
+
+SMALL = FieldShape((12, 9), skip=0, feature=5, view=6, point_octaves=3, direction_octaves=1)
+
+
+def small_recovery(backend="fused", optimizer="muon"):
+    model = NerfModel.create(SMALL, SampleCounts(5, 4), 0)
+    model.coarse = model.fine
+    recipe = RecoveryRecipe(
+        3, "photos", 2e-3, rays=9, rounding_from=0.34, density_noise=0.5, precision="bfloat16",
+        optimizer=optimizer,
+    )  # fmt: skip
+    return Recovery(model.to(DEVICE), None, tiny_scene(), recipe, 0, None, None, backend)
+
+
+def all_kinds_of_steps(recovery):
+    """Reports of a step of each kind, and all that they leave behind."""
+    reports = [recovery.advance(1)]
+    recovery.round_weights(rounding_of(recovery, "int6"))
+    reports.append(recovery.advance(1))
+    recovery.squeeze(0.8 * recovery.bits())
+    reports.append(recovery.advance(1))
+    left = {name: value.detach() for name, value in recovery._parameters}
+    for name, (_, *moments) in recovery._moments().items():
+        left |= {f"{name} {i}": of for i, of in enumerate(moments) if of is not None}
+    left |= {"price": recovery._price, "generator": recovery._fused.generator.get_state()}
+    return [(report.loss, report.train_psnr) for report in reports], left
+
+
+def compiled_for(value):
+    """All that Triton may distinguish an argument by, and more."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return type(value), value
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_all_kernels_of_a_recovery_are_tried_and_nothing_else_happens(optimizer, monkeypatch):
+    launched = set()
+
+    def recording(kernel, grid):
+        def launch(*args, **kwargs):
+            named = tuple((name, compiled_for(value)) for name, value in sorted(kwargs.items()))
+            launched.add((kernel.fn.__name__, *map(compiled_for, args), *named))
+            return kernel.run(*args, grid=grid, warmup=False, **kwargs)
+
+        return launch
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", recording)
+    tried = small_recovery(optimizer=optimizer)
+    assert tried.backend == "fused"
+    in_trial = set(launched)
+    launched.clear()
+    reports, left = all_kinds_of_steps(tried)
+    assert launched <= in_trial
+    names = [key[0] for key in launched]
+    assert (names.count("row_gradients"), names.count("update_rows")) == (3, 6)
+    assert "price_codes" in names
+    monkeypatch.setattr(fused_recovery.FusedRecovery, "_try", lambda _self: None)
+    untried_reports, untried = all_kinds_of_steps(small_recovery(optimizer=optimizer))
+    assert reports == untried_reports
+    assert left.keys() == untried.keys()
+    for name, value in left.items():
+        assert torch.equal(value, untried[name]), name
+
+
+def test_a_recovery_of_which_a_kernel_fails_goes_on_in_pytorch(monkeypatch, caplog):
+    class Broken:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                if kwargs["SQUEEZE"]:
+                    raise RuntimeError("PTX was not compiled\nand more lines")
+                return kernel[grid](*args, **kwargs)
+
+            return launch
+
+    kernel = rounded.row_gradients
+    monkeypatch.setattr(rounded, "row_gradients", Broken())
+    recovery, plain = small_recovery(), small_recovery("eager")
+    assert (recovery.backend, recovery._fused) == ("eager", None)
+    assert "eager instead of fused, which is slower: PTX was not compiled" in caplog.text
+    assert torch.equal(recovery._generator.get_state(), plain._generator.get_state())
+    for (name, mine), (_, other) in zip(recovery._parameters, plain._parameters, strict=True):
+        assert torch.equal(mine, other), name
+    for _ in range(2):  # on a GPU sums depend on how its weights lie in memory
+        expected = plain.advance(1).loss
+        assert recovery.advance(1).loss == pytest.approx(expected, rel=1e-2 if GPU else 1e-9)
+
+
+def test_a_recovery_whose_kernels_give_no_numbers_goes_on_in_pytorch(monkeypatch, caplog):
+    gradients = fused_recovery.FusedRecovery._gradients
+
+    def broken(self):
+        gradients(self)
+        self._errors[-1] = math.nan
+
+    monkeypatch.setattr(fused_recovery.FusedRecovery, "_gradients", broken)
+    assert small_recovery().backend == "eager"
+    assert "errors of a recovery that are not finite" in caplog.text
 
 
 # Falling back

@@ -6,6 +6,14 @@ how they lay things out).
 
 The reference computes in float64 and rounds to bf16 exactly where the kernels do (or nowhere), so
 that a flipped ReLU is an error and not noise; without rounding it is compared with autograd.
+
+Of fp32 kernels that asks for problems that fp32 can solve. sin(2⁹ x) is off by about 5e-5 where x
+is off by its last bit, hence pre-activations by up to 1.1e-4 of their spread, and
+
+- a ReLU within that of zero may be flipped, which alone is 1e-3 of a gradient: samples that have
+  one (`decided`) get no gradients of their outputs;
+- a gradient that rests on one small activation is off as much as that is: fields are those of seeds
+  with which every layer is alive in most samples.
 """
 
 import importlib.util
@@ -35,6 +43,7 @@ with triton_interpreter.unchecked_imports():
 # PyTorch's own remark about the thread in which autograd runs, on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 
+MARGIN = 3e-4  # of a pre-activation from zero, in units of its layer's spread, see above
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HOPPER_GPU = GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -87,7 +96,8 @@ def bf16(x):
 
 
 def reference(field, origins, directions, distances, unit, g_density, g_rgb, q):
-    """Density, colour and gradients of the merged network, in float64, rounded by `q`."""
+    """Density, colour, gradients and pre-activations (of the trunk's layers and of view, each
+    (samples, width)) of the merged network, in float64, rounded by `q`."""
     shape = field.shape
     w = {name: p.detach().double() for name, p in field.named_parameters()}
     a, d = w["view.weight"].split((shape.feature, shape.direction_features), 1)
@@ -97,12 +107,14 @@ def reference(field, origins, directions, distances, unit, g_density, g_rgb, q):
     gamma = encode(unit.double(), shape.direction_octaves)
     share = gamma @ d.t() + w["view.bias"] + a @ w["feature.bias"]
     share = share.repeat_interleave(distances.shape[1], 0)
-    inputs, h = [], e
+    inputs, h, z = [], e, []
     for i in range(len(shape.trunk)):
         inputs.append(torch.cat((e, h), 1) if i and i - 1 == shape.skip else h)
-        h_raw = torch.relu(inputs[i] @ q(w[f"trunk.{i}.weight"]).t() + w[f"trunk.{i}.bias"])
+        z.append(inputs[i] @ q(w[f"trunk.{i}.weight"]).t() + w[f"trunk.{i}.bias"])
+        h_raw = torch.relu(z[-1])
         h = q(h_raw)
-    v_raw = torch.relu(h @ q(mix).t() + share)
+    z.append(h @ q(mix).t() + share)
+    v_raw = torch.relu(z[-1])
     v = q(v_raw)
     density = h_raw @ w["density.weight"][0] + w["density.bias"]
     rgb = v_raw @ w["rgb.weight"].t() + w["rgb.bias"]
@@ -124,7 +136,17 @@ def reference(field, origins, directions, distances, unit, g_density, g_rgb, q):
         g[f"trunk.{i}.weight"], g[f"trunk.{i}.bias"] = dz.t() @ inputs[i], dz.sum(0)
         if i:
             dh = dz @ q(w[f"trunk.{i}.weight"])[:, -shape.trunk[i - 1] :]
-    return density.view(distances.shape), rgb.view(*distances.shape, 3), g
+    return density.view(distances.shape), rgb.view(*distances.shape, 3), g, z
+
+
+def decided(z):
+    """Samples none of whose pre-activations is near zero, of those of the reference."""
+    return torch.stack([(layer.abs() / layer.std()).amin(1) for layer in z]).amin(0) > MARGIN
+
+
+def alive(z):
+    """The share of the samples in which a layer has a channel above zero, in the worst layer."""
+    return min(float((layer > 0).any(1).double().mean()) for layer in z)
 
 
 def error(x, y):
@@ -146,7 +168,7 @@ def test_reference_is_autograd(shape):
     field = fields(shape)
     given = rays(7, 9)
     g_density, g_rgb = torch.randn(7, 9, device=DEVICE), torch.randn(7, 9, 3, device=DEVICE)
-    density, rgb, gradients = reference(field, *given, g_density, g_rgb, exact)
+    density, rgb, gradients, _ = reference(field, *given, g_density, g_rgb, exact)
     wide = Field(shape).double().to(DEVICE)
     wide.load_state_dict(field.state_dict())
     origins, directions, distances, unit = given
@@ -186,7 +208,7 @@ def test_evaluation(shape, launch, count):
     given = rays(*count)
     zeros = torch.zeros(*count, device=DEVICE), torch.zeros(*count, 3, device=DEVICE)
     q = exact if launch.dtype == torch.float32 else bf16
-    density, rgb, _ = reference(field, *given, *zeros, q)
+    density, rgb, *_ = reference(field, *given, *zeros, q)
     out_density, out_rgb = PackedField(field, launch)(*given)
     tolerance, _ = tolerances(launch)
     assert error(out_density, density) < tolerance
@@ -207,7 +229,7 @@ def test_evaluation_at_one_width(width, wide_view):
     for count in ((1, 1), (5, 29), (701, 192)):
         given = rays(*count)
         zeros = torch.zeros(*count, device=DEVICE), torch.zeros(*count, 3, device=DEVICE)
-        density, rgb, _ = reference(field, *given, *zeros, bf16)
+        density, rgb, *_ = reference(field, *given, *zeros, bf16)
         out_density, out_rgb = PackedField(field, HOPPER, layout)(*given)
         assert error(out_density, density) < 2e-3
         assert error(out_rgb, rgb) < 2e-3
@@ -233,13 +255,19 @@ def test_a_kernel_of_one_width_that_is_wrong_is_not_used(monkeypatch, caplog, fa
 def test_training(shape, launch, count):
     """Forward and every gradient, then again with other weights and rays."""
     fused = FusedField(shape, *count, DEVICE, launch)
-    q = exact if launch.dtype == torch.float32 else bf16
-    for seed in (1, 2) if GPU or shape is SHAPES["deep"] else (1,):
+    in_fp32 = launch.dtype == torch.float32
+    q, seeds = (exact, (4, 7)) if in_fp32 else (bf16, (1, 2))
+    for seed in seeds if GPU or shape is SHAPES["deep"] else seeds[:1]:
         field = fields(shape, seed)
         given = rays(*count, seed)
         g_density = torch.randn(*count, device=DEVICE)
         g_rgb = torch.randn(*count, 3, device=DEVICE)
-        density, rgb, gradients = reference(field, *given, g_density, g_rgb, q)
+        density, rgb, gradients, z = reference(field, *given, g_density, g_rgb, q)
+        if in_fp32:
+            counted = decided(z).view(count)
+            assert min(alive(z), float(counted.double().mean())) > 0.5
+            g_density, g_rgb = g_density * counted, g_rgb * counted[..., None]
+            _, _, gradients, _ = reference(field, *given, g_density, g_rgb, q)
         fused.load(field)
         fused.activations.fill_(float("nan"))
         fused.partials.fill_(float("nan"))
@@ -268,7 +296,7 @@ def test_autograd(launch):
     (density.square().sum() + rgb.square().sum()).backward()
     g_density, g_rgb = 2 * density.detach(), 2 * rgb.detach()
     q = exact if launch.dtype == torch.float32 else bf16
-    _, _, gradients = reference(field, *given, g_density, g_rgb, q)
+    _, _, gradients, _ = reference(field, *given, g_density, g_rgb, q)
     for name, gradient in gradients.items():
         offset, size = fused.plan.parameters[name]
         found = parameters.grad[offset : offset + gradient.numel()].view(size)

@@ -12,6 +12,7 @@ import torch
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.invented import InventedRays, invented_poses
+from nerf.recipe import Squeeze
 from nerf.recovery import (
     OPACITY_WEIGHT,
     Answer,
@@ -205,6 +206,12 @@ def test_learning_from_a_teacher_needs_one() -> None:
 def test_a_recipe_that_makes_no_sense_is_refused(settings: dict[str, float], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         RecoveryRecipe(**settings)  # type: ignore[arg-type]
+
+
+def test_a_recipe_that_never_rounds_has_a_squeeze() -> None:
+    recipe = RecoveryRecipe(10, rounding_from=0.99)
+    assert recipe.rounding_at == recipe.iterations
+    assert Squeeze.of(recipe).falling == 1.0
 
 
 # --- rays that nobody photographed --------------------------------------------------------------

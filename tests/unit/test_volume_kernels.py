@@ -220,7 +220,8 @@ def test_equal_distances_keep_every_sample():
 
 
 @pytest.mark.parametrize("iteration", [0, 3, 4, 11])
-def test_a_step_begins_with_its_rays_samples_and_rate(iteration):
+@pytest.mark.parametrize(("rising", "angle"), [(1.0, 0.0), (5.0, math.pi / 20)])
+def test_a_step_begins_with_its_rays_samples_and_rate(iteration, rising, angle):
     pool, rays, samples, octaves, batches = 50, 11, 6, 2, 4
     generator = torch.Generator().manual_seed(1)
     origins, directions, views, colors = (
@@ -231,11 +232,12 @@ def test_a_step_begins_with_its_rays_samples_and_rate(iteration):
     strata = torch.rand(2, samples, generator=generator).to(DEVICE)
     counter = torch.tensor([iteration], device=DEVICE)
     constants = torch.tensor(
-        [5e-4, math.log(0.1) / 7, math.log(0.9), math.log(0.999)], dtype=F64, device=DEVICE
-    )
+        [5e-4, math.log(0.1) / 7, math.log(0.9), math.log(0.999), rising, angle],
+        dtype=F64, device=DEVICE,
+    )  # fmt: skip
     width = 3 + 6 * octaves
     out = {n: torch.zeros(rays, 3, device=DEVICE) for n in ("origins", "directions", "colors")}
-    lengths, schedule = torch.zeros(rays, device=DEVICE), torch.zeros(2, device=DEVICE)
+    lengths, schedule = torch.zeros(rays, device=DEVICE), torch.zeros(5, device=DEVICE)
     encoded = torch.zeros(rays, width, device=DEVICE)
     t = torch.zeros(rays, samples, device=DEVICE)
     volume.begin_step[(3,)](
@@ -252,7 +254,9 @@ def test_a_step_begins_with_its_rays_samples_and_rate(iteration):
     expected = encode(views[picked].to(F64), octaves)
     torch.testing.assert_close(encoded.to(F64), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(t, strata[0] + strata[1] * jitter)
-    rate = 5e-4 * 0.1 ** (iteration / 7)
+    rate = 5e-4 * 0.1 ** (iteration / 7) * min(1.0, (iteration + 1) / rising)
+    rate *= 0.5 + 0.5 * math.cos(angle * iteration)
+    assert float(schedule[4]) == pytest.approx(rate, rel=1e-6)
     assert float(schedule[0]) == pytest.approx(rate / (1 - 0.9 ** (iteration + 1)), rel=1e-6)
     assert float(schedule[1]) == pytest.approx((1 - 0.999 ** (iteration + 1)) ** -0.5, rel=1e-6)
 
