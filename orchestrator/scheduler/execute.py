@@ -158,9 +158,12 @@ def _fit(
     everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
     nodes: dict[Item, Node] = {item_of(node): node for node in everything}
     exchange = Exchange()
-    dispatcher = Dispatcher(plan.sweep.resources.retries, queue.take_ready())
+    # It is made with all that it is to know now: a first call would wait until its process is up,
+    # and the lanes, which start meanwhile, would wait behind it.
+    expecting = queue.expecting
+    dispatcher = Dispatcher(plan.sweep.resources.retries, queue.take_ready(), expecting)
     lanes = capacity(wanted[LANE])
-    queue.connect(dispatcher, lanes)
+    queue.connect(dispatcher, lanes, expecting)
     if shares is not None:
         queue.share(shares.sweeps, capacity(wanted["train"]))
     trainable = tune.with_resources(
