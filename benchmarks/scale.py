@@ -3,6 +3,7 @@
     python -m benchmarks.scale                  everything, as docs/results/reliability.md has it
     python -m benchmarks.scale cluster --trials 1000 --nodes 2 --mlflow
     python -m benchmarks.scale report --trials 400 --mlflow --pictures    what comes after the last
+    python -m benchmarks.scale tail --trials 500    the same after many ratios, half of them a front
 
 The cluster is simulated: so many logical Ray nodes on this machine, each with a GPU that does not
 exist. The trials do nothing but write their records, so what is measured is the scheduler:
@@ -33,6 +34,7 @@ from orchestrator.report import write_report
 from orchestrator.report.tables import front_json
 from orchestrator.results import Provenance, Record, ViewScore
 from orchestrator.scheduler import execute
+from orchestrator.showcase import gallery_of
 from orchestrator.spec import Sweep, read_text
 from orchestrator.stages import Stopwatch, Update
 from orchestrator.store import Store
@@ -45,13 +47,21 @@ name: scale
 scene: {{format: demo, path: {scene}}}
 train:
   {{iterations: 10, network: {{depth: 4, width: 16, skip: 1}}, samples: {{coarse: 8, fine: 8}}}}
-prune:
+prune: {prune}
+resources: {{train: {{cpus: 1}}, prune: {{cpus: 1, gpus: 0.25}}}}
+storage: {storage}
+"""
+MANY_SETS = """
   networks: [both, coarse]
   criteria: [activation]
   ratios: [{ratios}]
   calibration: {{views: [1, 2], rays: [8, 16, 32, 64, 128], seeds: [{seeds}]}}
-resources: {{train: {{cpus: 1}}, prune: {{cpus: 1, gpus: 0.25}}}}
-storage: {storage}
+"""
+MANY_RATIOS = """
+  networks: both
+  criteria: [activation, magnitude]
+  ratios: [{ratios}]
+  calibration: {{views: 2, rays: 8}}
 """
 MADE_UP = "made up"
 
@@ -60,14 +70,28 @@ def sweep_of(trials: int, folder: Path) -> Sweep:
     """A sweep of so many trials (a multiple of 200), with a scene in a folder."""
     ratios = ", ".join(f"{i / (trials // 200 + 1):.5f}" for i in range(trials // 200))
     seeds = ", ".join(str(seed) for seed in range(10))
-    text = FILE.format(scene=folder / "scene", storage=folder / "out", ratios=ratios, seeds=seeds)
+    return read_sweep(MANY_SETS.format(ratios=ratios, seeds=seeds), folder)
+
+
+def fan_out(trials: int, folder: Path) -> Sweep:
+    """A sweep of so many trials of two criteria, at half as many ratios."""
+    ratios = ", ".join(f"{0.1 + 0.8 * (2 * i + 1) / trials:.5f}" for i in range(trials // 2))
+    return read_sweep(MANY_RATIOS.format(ratios=ratios), folder)
+
+
+def read_sweep(prune: str, folder: Path) -> Sweep:
+    """A sweep of a grid, with a scene and storage in a folder."""
+    text = FILE.format(scene=folder / "scene", storage=folder / "out", prune=prune)
     return read_text(text, Path("scale.yaml"))
 
 
-def made_up(kind: Any, key: str, training: str, config: Mapping[str, Any], host: str) -> Record:
+def made_up(
+    kind: Any, key: str, training: str, config: Mapping[str, Any], host: str, noise: float = 1.0
+) -> Record:
     """A record as a trial would leave it, of numbers that mean nothing."""
     ratio = float(config.get("ratio") or 0.0)
-    noise = int(key[:6], 16) / 16**6
+    noise *= int(key[:6], 16) / 16**6
+    worse = 1.0 if config.get("criterion") == "magnitude" else 0.0
     return Record(
         kind=kind,
         key=key,
@@ -75,7 +99,7 @@ def made_up(kind: Any, key: str, training: str, config: Mapping[str, Any], host:
         config=config,
         metrics={
             "mse": 0.002 + 0.01 * ratio + 0.002 * noise,
-            "psnr": 27.0 - 9.0 * ratio - 2.0 * noise,
+            "psnr": 27.0 - 9.0 * ratio - 2.0 * noise - worse,
             "ssim": 0.8 - 0.3 * ratio,
             "size_bytes": float(round(2e6 * (1 - ratio) ** 2 + 1000 * noise) + 5000),
             "params": 5e5 * (1 - ratio),
@@ -93,6 +117,7 @@ class NoWork:
 
     loaded_model: str | None = None
     pictures: Sequence[bytes] = ()  # of three views, as PNG
+    noise = 1.0
 
     def __init__(self, sweep: Sweep, store: Store, origin: Origin, *_: Any) -> None:
         self.sweep, self.store, self.origin = sweep, store, origin
@@ -107,7 +132,8 @@ class NoWork:
                 (folder / "renders").mkdir(exist_ok=True)
                 for name in ("view", "error"):
                     (folder / "renders" / f"{name}_{view}.png").write_bytes(picture)
-            self.store.write_record(folder, made_up(kind, key, training, config, host))
+            made = made_up(kind, key, training, config, host, self.noise)
+            self.store.write_record(folder, made)
 
     def train(self, training: Training, _: Stopwatch) -> Iterator[Update]:
         """No training."""
@@ -172,10 +198,19 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def timed_alone(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Wall seconds, those of this process's CPU (which others on the machine do not change)."""
-    busy = time.process_time()
+    """Wall seconds, CPU seconds (which others on the machine change little), here and elsewhere."""
+    busy, others = time.process_time(), children_seconds()
     wall, result = timed(work)
-    return {"wall_s": round(wall, 2), "cpu_s": round(time.process_time() - busy, 2)}, result
+    spent = {"wall_s": wall, "cpu_s": time.process_time() - busy}
+    if (elsewhere := children_seconds() - others) > 0.05:
+        spent["cpu_s_of_other_processes"] = elsewhere
+    return {name: round(seconds, 2) for name, seconds in spent.items()}, result
+
+
+def children_seconds() -> float:
+    """CPU seconds of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure_plan(trials: int, folder: Path) -> dict[str, Any]:
@@ -256,12 +291,14 @@ def pictures(count: int) -> list[bytes]:
     return found
 
 
-def fill(trials: int, folder: Path, shown: Sequence[bytes] = ()) -> tuple[Plan, Store]:
+def fill(
+    sweep: Sweep, folder: Path, shown: Sequence[bytes] = (), noise: float = 1.0
+) -> tuple[Plan, Store]:
     """A store that holds the results of a whole sweep."""
     store = Store(folder / "out")
-    plan = make_plan(sweep_of(trials, folder), store)
+    plan = make_plan(sweep, store)
     bench = NoWork(plan.sweep, store, Origin(None, {}))
-    bench.pictures = shown
+    bench.pictures, bench.noise = shown, noise
     for training in plan.trainings:
         if not training.cached:
             list(bench.train(training, Stopwatch()))
@@ -273,8 +310,8 @@ def fill(trials: int, folder: Path, shown: Sequence[bytes] = ()) -> tuple[Plan, 
 
 def measure_report(trials: int, folder: Path, with_pictures: bool, mlflow: bool) -> dict[str, Any]:
     """The times of `front` and `report`, from the sweep file to the end; of logging everything."""
-    plan, store = fill(trials, folder, pictures(3) if with_pictures else ())
     sweep = sweep_of(trials, folder)
+    plan, store = fill(sweep, folder, pictures(3) if with_pictures else ())
 
     def front() -> Any:
         return front_json(report_data(collect(make_plan(sweep, store), store), store))
@@ -303,10 +340,34 @@ def measure_report(trials: int, folder: Path, with_pictures: bool, mlflow: bool)
     }
 
 
+def measure_tail(trials: int, folder: Path) -> dict[str, Any]:
+    """The times of what a run does after its last trial, one after another; of logging before."""
+    plan, store = fill(fan_out(trials, folder), folder, pictures(3), noise=0.0)
+    info, spent = sweep_info(plan, Origin(None, {})), {}
+    with TrackingLogger(None, "scale", info, store, system_metrics=False) as tracking:
+
+        def log() -> None:
+            log_known(plan, store, tracking)
+            tracking.flush()
+
+        def mark() -> None:
+            found = {"hypervolume": data.hypervolume or 0.0}
+            tracking.front(data.front_keys, found, gallery_of(data))
+            tracking.flush()
+
+        spent["logging"], _ = timed_alone(log)
+        spent["data"], data = timed_alone(lambda: report_data(collect(plan, store), store))
+        spent["front"], _ = timed_alone(mark)
+        spent["report"], _ = timed_alone(lambda: write_report(data, folder / "report"))
+    return {"trials": len(data.done), "on_the_front": len(data.front_keys), **spent}
+
+
 def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=("plan", "cluster", "report", []), default=[])
+    parser.add_argument(
+        "what", nargs="*", choices=("plan", "cluster", "report", "tail", []), default=[]
+    )
     parser.add_argument("--trials", type=int, help="a multiple of 200")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--mlflow", action="store_true", help="log the trials too")
@@ -327,6 +388,9 @@ def main() -> None:
                 options.trials or 10_000, folder, options.pictures, options.mlflow
             )
             print("report", json.dumps(measured), flush=True)
+        if "tail" in what:
+            measured = measure_tail(options.trials or 500, folder)
+            print("tail", json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,15 +71,15 @@ def _series(data: ReportData) -> list[GridImage]:
         if len(ratios) < 2 or len(grids) >= MAX_GRIDS:
             continue
         key = series.label.replace(", ", " ").replace(" + ", " ")
-        images = []
+        steps: dict[int, GridImage] = {}  # the slider stops once a percent
         for ratio in ratios:
-            record = representative(data.at(series, ratio))
-            if record is not None and (image := _image(data, record, key, round(100 * ratio))):
-                images.append(image)
-        if len(images) < 2:
+            step, record = round(100 * ratio), representative(data.at(series, ratio))
+            if step not in steps and record and (image := _image(data, record, key, step)):
+                steps[step] = image
+        if len(steps) < 2:
             continue
         dense = next((i for r in data.dense if (i := _image(data, r, key, 0))), None)
-        grids.append([*([dense] if dense else []), *images])
+        grids.append([*([dense] if dense and 0 not in steps else []), *steps.values()])
     return [image for grid in grids for image in grid]
 
 

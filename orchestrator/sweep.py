@@ -77,15 +77,15 @@ def run(
         tracking.watch(show.state)
         show.known(log_known(plan, store, tracking))
         listeners = (show, TrackingListener(tracking))
-        outcome = execute(plan, store, origin, listeners, bench, before=tracking.opened)
+        outcome = execute(plan, store, origin, listeners, bench, tracking.opened, closing)
         results = collect(plan, store)
         if not results.trainings and not results.failed:
             raise KeyboardInterrupt
         data = report_data(results, store)
+        found = {"hypervolume": data.hypervolume or 0.0}
+        tracking.front(data.front_keys, found, gallery_of(data))  # logged while the report is drawn
         report = write_report(data, report_folder(sweep, store))
         logger.debug("report written")
-        found = {"hypervolume": data.hypervolume or 0.0}
-        tracking.front(data.front_keys, found, gallery_of(data))
         tracking.report(report.html.parent)
         if outcome.interrupted:
             raise KeyboardInterrupt

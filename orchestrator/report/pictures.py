@@ -1,15 +1,19 @@
 """The grid of renders (the report's Figure 4), and pictures small enough to live in the page."""
 
-import base64
-import io
+import bisect
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-import PIL.Image
-
+from orchestrator.log import logger
+from orchestrator.report import webp
 from orchestrator.report.data import ReportData, Series, is_uniform, representative, series_of
+from orchestrator.report.webp import Job, read
 from orchestrator.results import Record
 
 MAX_VIEWS = 3
@@ -17,7 +21,8 @@ BUDGET = 7_000_000
 """Bytes that all pictures of a page may take as base64; the rest of it is far below 3 MB."""
 SAFETY = 0.9
 SAMPLE = 8
-WEBP_METHOD = 2  # 3 takes about twice as long for files a twentieth smaller
+MANY = 100
+"""So many pictures are worth a process of their own."""
 
 
 @dataclass(frozen=True)
@@ -204,11 +209,12 @@ def album(data: ReportData, budget: int = BUDGET) -> Album:
         for view in views
     ]
     small = [p for (k, v, _), p in wanted.items() if k not in main and v in views[:1]]
-    step = _step(pages, small, budget)
-    large = [path for page in pages[: step.views] for path in page]
-    uris = dict(zip(large, _webps(large, *step.main), strict=True))
-    if step.rest is not None:
-        uris |= zip(small, _webps(small, *step.rest), strict=True)
+    with Encoder(sum(map(len, pages)) + len(small)) as encoder:
+        step = _step(encoder, pages, small, budget)
+        large = [path for page in pages[: step.views] for path in page]
+        rest = [] if step.rest is None else [(path, *step.rest) for path in small]
+        made = encoder([*((path, *step.main) for path in large), *rest])
+    uris = dict(zip((*large, *(path for path, *_ in rest)), made, strict=True))
 
     renders: dict[str, dict[str, tuple[str | None, str | None]]] = {}
     for key, view, _ in wanted:
@@ -237,47 +243,90 @@ def _numbered(folder: Path, name: str) -> Iterable[tuple[int, Path]]:
             yield int(number), path
 
 
-def _step(pages: Sequence[Sequence[Path]], small: Sequence[Path], budget: int) -> Step:
+def _step(
+    encoder: "Encoder", pages: Sequence[Sequence[Path]], small: Sequence[Path], budget: int
+) -> Step:
     """The first step whose pictures, judged by a sample of them, fit the budget."""
-    for step in STEPS:
-        spent = sum(_estimate(page, *step.main) for page in pages[: step.views])
-        if step.rest is not None:
-            spent += _estimate(small, *step.rest)
-        if spent <= budget * SAFETY:
-            return step
-    return STEPS[-1]
+
+    def fits(step: Step) -> bool:
+        tiers = [(page, step.main) for page in pages[: step.views]]
+        tiers += [] if step.rest is None else [(small, step.rest)]
+        picks = [[(path, *look) for path in _sample(of)] for of, look in tiers]
+        sizes = iter([len(uri or "") for uri in encoder([job for jobs in picks for job in jobs])])
+        spent = 0.0
+        for (of, _), jobs in zip(tiers, picks, strict=True):
+            spent += sum(next(sizes) for _ in jobs) * len(of) / max(len(jobs), 1)
+        return spent <= budget * SAFETY
+
+    if fits(STEPS[0]):
+        return STEPS[0]
+    # Each is smaller than the one before: not all have to be tried.
+    return STEPS[bisect.bisect_left(STEPS[:-1], True, lo=1, key=fits)]
 
 
-def _estimate(paths: Sequence[Path], width: int, quality: int) -> float:
-    if not paths:
-        return 0.0
+def _sample(paths: Sequence[Path]) -> list[Path]:
     count = min(SAMPLE, len(paths))
-    picks = [paths[i * len(paths) // count] for i in range(count)]
-    return len(paths) / count * sum(len(uri or "") for uri in _webps(picks, width, quality))
+    return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def read(path: Path) -> PIL.Image.Image | None:
-    """A picture in RGB; None for a damaged one, which is then shown as absent."""
-    try:
-        with PIL.Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError):
-        return None
+class Encoder:
+    """Makes WebPs of pictures, each once; of many in a process of its own.
 
+    Use it as a context manager.
 
-def _webps(paths: Sequence[Path], width: int, quality: int) -> list[str | None]:
-    """Many pictures, on every core: Pillow lets other threads run while it works."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda path: _webp(path, width, quality), paths))
+    Args:
+        expected: how many pictures there will be.
+    """
 
+    def __init__(self, expected: int) -> None:
+        self._made: dict[tuple[Path, int, int], str | None] = {}
+        self._expected = expected
+        self._process: subprocess.Popen[str] | None = None
 
-def _webp(path: Path, width: int, quality: int) -> str | None:
-    picture = read(path)
-    if picture is None:
-        return None
-    if picture.width > width:
-        height = max(1, round(picture.height * width / picture.width))
-        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    def __enter__(self) -> Self:
+        if self._expected >= MANY:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", webp.__file__],  # -P: its neighbours are no libraries
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+            except OSError as error:
+                logger.debug("pictures are made in this process: %s", error)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def __call__(self, jobs: Sequence[tuple[Path, int, int]]) -> list[str | None]:
+        """Data URIs of pictures, given as path, width and quality; None for damaged ones."""
+        new = [job for job in dict.fromkeys(jobs) if job not in self._made]
+        if new:
+            made = self._encode([(str(path), width, quality) for path, width, quality in new])
+            self._made |= zip(new, made, strict=True)
+        return [self._made[job] for job in jobs]
+
+    def _encode(self, jobs: list[Job]) -> list[str | None]:
+        if self._process is not None and self._process.stdin and self._process.stdout:
+            try:
+                self._process.stdin.write(json.dumps(jobs) + "\n")
+                self._process.stdin.flush()
+                made: list[str | None] = json.loads(self._process.stdout.readline())
+                return made
+            except (OSError, ValueError) as error:  # it died: there is another way
+                logger.debug("pictures are made in this process: %s", error)
+                self._end()
+        return webp.encode_here(jobs)
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None

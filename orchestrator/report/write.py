@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from orchestrator.errors import StoreError, SweepError
 from orchestrator.report import plots
 from orchestrator.report.data import ReportData
 from orchestrator.report.page import page
-from orchestrator.report.pictures import Grid, album, grids, read
+from orchestrator.report.pictures import Grid, album, grids
 from orchestrator.report.tables import percent, results_csv, results_json
+from orchestrator.report.webp import read
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,23 @@ def write_report(data: ReportData, out: Path) -> ReportFiles:
 
 
 def _contents(data: ReportData) -> dict[str, bytes]:
-    drawn = {
-        "front_psnr": plots.front_plot(data, "psnr", plots.LIGHT),
-        "front_mse": plots.front_plot(data, "mse", plots.LIGHT),
-        "ratio_mse": plots.ratio_plot(data, "mse", plots.LIGHT),
-        "ratio_psnr": plots.ratio_plot(data, "psnr", plots.LIGHT),
-    }
-    views = grids(data)
-    text = page(data, views, album(data))
+    with ThreadPoolExecutor(1) as beside:  # the pictures are made elsewhere, and waited for here
+        pictures = beside.submit(album, data)
+        drawn = {
+            "front_psnr": plots.front_plot(data, "psnr", plots.LIGHT),
+            "front_mse": plots.front_plot(data, "mse", plots.LIGHT),
+            "ratio_mse": plots.ratio_plot(data, "mse", plots.LIGHT),
+            "ratio_psnr": plots.ratio_plot(data, "psnr", plots.LIGHT),
+        }
+        views = grids(data)
+        sheet = _sheet(data, views[0]) if views else None
+        tables = {"results.csv": results_csv(data), "results.json": results_json(data)}
+        text = page(data, views, pictures.result())
     contents = {"report.html": text.encode()}
     contents |= {f"{name}.png": png for name, png in drawn.items()}
-    if views and (sheet := _sheet(data, views[0])):
+    if sheet:
         contents["renders.png"] = sheet
-    contents["results.csv"] = results_csv(data).encode()
-    contents["results.json"] = results_json(data).encode()
-    return contents
+    return contents | {name: table.encode() for name, table in tables.items()}
 
 
 def _sheet(data: ReportData, grid: Grid) -> bytes | None:

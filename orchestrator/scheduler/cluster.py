@@ -103,12 +103,13 @@ def _private_cluster() -> Iterator[None]:
     }
     with environment(settings):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-            )
+            with _no_api_server():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,
+                )
             with term_is_ctrl_c():
                 yield
         except (ConnectionError, RuntimeError, OSError) as error:
@@ -118,6 +119,21 @@ def _private_cluster() -> Iterator[None]:
         finally:
             _leave()
             ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _no_api_server() -> Iterator[None]:
+    """Ray without its API server, as if that had failed to start.
+
+    Without a dashboard it serves nothing but usage statistics, yet Ray waits until it is up before
+    it starts anything else.
+    """
+    start = services.start_api_server
+    services.start_api_server = lambda *_, **__: (None, None)
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 def _leave() -> None:

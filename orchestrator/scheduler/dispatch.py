@@ -45,9 +45,10 @@ class WorkTable:
     Args:
         retries: how often an item is begun again after its worker died.
         work: what there is to do from the start, see `offer`.
+        expecting: whether more will come, see `expect`.
     """
 
-    def __init__(self, retries: int, work: Iterable[Work] = ()) -> None:
+    def __init__(self, retries: int, work: Iterable[Work] = (), expecting: bool = False) -> None:
         self._retries = retries
         self._limit: int | None = None
         self._ready: OrderedDict[str, deque[Item]] = OrderedDict()
@@ -57,7 +58,7 @@ class WorkTable:
         self._overdue: dict[Item, Failure] = {}
         self._begun: Counter[Item] = Counter()
         self._nodes: dict[Item, Node] = {}
-        self._expecting = False
+        self._expecting = expecting
         self.offer(work)
 
     def expect(self, more: bool) -> None:
@@ -158,16 +159,21 @@ class Dispatcher:
     Args:
         retries: how often an item is begun again after its worker died.
         work: what there is to do from the start, see `WorkTable.offer`.
+        expecting: whether more will come, see `WorkTable.expect`.
     """
 
     def __init__(
-        self, retries: int, work: Iterable[Work] = (), table: ActorHandle | None = None
+        self,
+        retries: int,
+        work: Iterable[Work] = (),
+        expecting: bool = False,
+        table: ActorHandle | None = None,
     ) -> None:
         self._retries = retries
-        self._table = table or beside_driver(Desk, WorkTable, retries, list(work))
+        self._table = table or beside_driver(Desk, WorkTable, retries, list(work), expecting)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Dispatcher, (self._retries, (), self._table))
+        return (Dispatcher, (self._retries, (), False, self._table))
 
     def expect(self, more: bool) -> None:
         """Say whether more work will come, see `WorkTable.expect`."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +70,7 @@ def execute(
     listeners: Iterable[Listener],
     bench: BenchMaker = Workbench,
     before: Callable[[], None] = lambda: None,
+    closing: ExitStack | None = None,
 ) -> Outcome:
     """Run what a plan misses, on the cluster at hand or on this machine.
 
@@ -83,6 +84,8 @@ def execute(
         bench: makes the bench of each worker.
         before: called before any work, when Ray is up: what takes as long as Ray to start and must
             not fail later is waited for here. What it raises ends the run.
+        closing: Ray is left when this is closed, since that takes seconds in which the caller has
+            other things to do; None: at the end of this call.
 
     Raises:
         ClusterError: the cluster cannot be reached or cannot give what the sweep asks for.
@@ -129,7 +132,8 @@ def execute(
     if queue.total == 0:
         before()
         return Outcome((), interrupted=False)
-    with connected() as shared:
+    with ExitStack() as own:
+        shared = (closing or own).enter_context(connected())
         logger.debug("Ray is up")
         before()
         logger.debug("tracking is open")
@@ -158,9 +162,12 @@ def _fit(
     everything: list[Node] = [*plan.trainings, *plan.calibrations, *plan.trials]
     nodes: dict[Item, Node] = {item_of(node): node for node in everything}
     exchange = Exchange()
-    dispatcher = Dispatcher(plan.sweep.resources.retries, queue.take_ready())
+    # It is made with all that it is to know now: a first call would wait until its process is up,
+    # and the lanes, which start meanwhile, would wait behind it.
+    expecting = queue.expecting
+    dispatcher = Dispatcher(plan.sweep.resources.retries, queue.take_ready(), expecting)
     lanes = capacity(wanted[LANE])
-    queue.connect(dispatcher, lanes)
+    queue.connect(dispatcher, lanes, expecting)
     if shares is not None:
         queue.share(shares.sweeps, capacity(wanted["train"]))
     trainable = tune.with_resources(

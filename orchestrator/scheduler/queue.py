@@ -198,10 +198,17 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         self._to_offer.clear()
         return ready
 
-    def connect(self, dispatch: Dispatch, max_lanes: int) -> None:
-        """Say where lanes get their work and how many the cluster can hold."""
+    def connect(self, dispatch: Dispatch, max_lanes: int, expecting: bool = False) -> None:
+        """Say where lanes get their work and how many the cluster can hold.
+
+        Args:
+            dispatch: where.
+            max_lanes: how many.
+            expecting: whether the dispatcher knows already that more work will come.
+        """
         self._dispatch = dispatch
         self._max_lanes = max_lanes
+        self._expected = expecting
         self._offer()
 
     def share(self, sweeps: Callable[[], int], max_trainings: int) -> None:
@@ -259,8 +266,13 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
         """How many prunings wait for nothing but statistics that a lane is at."""
         return sum(len(self._waiting.get(key, ())) for key in self._coming)
 
+    @property
+    def expecting(self) -> bool:
+        """Whether more work will come, so that lanes without any wait for it."""
+        return any(not feed.finished for feed in self._feeds) or self._soon() > 0
+
     def _tell_expected(self) -> None:
-        expecting = any(not feed.finished for feed in self._feeds) or self._soon() > 0
+        expecting = self.expecting
         if expecting != self._expected and self._dispatch is not None:
             self._dispatch.expect(expecting)
             self._expected = expecting

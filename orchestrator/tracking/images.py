@@ -2,14 +2,14 @@
 
 `log_image` takes a picture, a small copy, and a tag in a request each, and makes the small copy in
 the caller's thread: of all that a trial costs the logger, most. Here a run's pictures are files of
-one folder, their small copies made side by side, and the tag comes with the run's other tags.
+one folder, their small copies made side by side, and the tag comes with the run's other tags. The
+pictures themselves are links there: whoever stores the folder copies what they point to.
 """
 
 import re
-import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,19 +25,19 @@ TAG = {MLFLOW_LOGGED_IMAGES: "True"}
 NO_NAME = re.compile(r"[^a-zA-Z0-9_\-./ ]")
 
 
-def write_images(images: Sequence[GridImage], folder: Path) -> None:
-    """Write pictures and their small copies into a folder, named as MLflow's pages look for them.
+def write_images(images: Iterable[tuple[GridImage, Path]]) -> None:
+    """Write pictures and their small copies into folders, named as MLflow's pages look for them.
 
     Args:
-        images: what to show under which name and step.
-        folder: becomes the folder ``images`` among a run's artifacts.
+        images: what to show under which name and step, and a folder that is there, which becomes
+            the folder ``images`` among a run's artifacts.
 
     Raises:
         ValueError: a name that MLflow refuses.
         OSError: a picture cannot be read, or the folder not be written.
     """
     with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it works
-        list(pool.map(lambda image: _write(image, folder), images))
+        list(pool.map(lambda entry: _write(*entry), images))
 
 
 def _write(image: GridImage, folder: Path) -> None:
@@ -46,7 +46,7 @@ def _write(image: GridImage, folder: Path) -> None:
     name = image.key.replace("/", "~")
     at = int(time.time() * 1000)
     stem = f"{name}+step+{image.step}+timestamp+{at}+{uuid.uuid4()}"
-    shutil.copyfile(image.path, folder / f"{stem}.png")
+    (folder / f"{stem}.png").symlink_to(image.path.resolve())
     with PIL.Image.open(image.path) as picture:
         side = COMPRESSED_IMAGE_SIZE
         scale = side / max(picture.size)

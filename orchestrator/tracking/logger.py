@@ -135,6 +135,9 @@ class TrackingLogger:
             gallery: pictures, tables and views of the sweep's own run.
         """
         chosen = frozenset(keys)
+        if gallery is not None:
+            beside = gallery.side_by_side
+            self._put("the front's pictures", lambda writer: writer.write_side_by_side(beside))
         self._put("the front", lambda writer: writer.write_front(chosen, metrics))
         if gallery is not None:
             self._put("the gallery", lambda writer: writer.write_gallery(gallery))

@@ -25,6 +25,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -53,12 +54,14 @@ class Child:
         status: its MLflow status (RUNNING, FINISHED, FAILED, KILLED).
         tags: its tags.
         last: the last step logged of each training curve.
+        artifacts: where its files go.
     """
 
     run_id: str
     status: str
     tags: dict[str, str]
     last: dict[str, int]
+    artifacts: str
 
 
 class RunWriter:
@@ -84,6 +87,7 @@ class RunWriter:
         self.children: dict[str, Child] = {}
         self._dense: dict[str, str] = {}  # key of the run of each training's model
         self._outdated: set[str] = set()
+        self._beside: dict[str, str] = {}  # pictures that are logged, and not in the tags yet
         for run in self._search_children():
             self._take(run.data.tags[names.KEY], _child(run))
         self._monitor: SystemMetricsMonitor | None = None
@@ -189,7 +193,7 @@ class RunWriter:
         whole = {names.STATE: "logged", names.DIGEST: names.digest(record)}
         if record.failure is None:
             model_id = self._write_model(record, run_id)
-            self._write_images(record, run_id, whole)
+            self._write_images(record, whole)
         if record.kind == "training":
             self._link_trials(record.training, run_id)
         self._write_numbers(record, run_id, model_id, whole)
@@ -232,7 +236,7 @@ class RunWriter:
         if kind != "training" and (of := self._training_run(training)):
             tags[names.TRAINING_RUN] = of
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags, start_time=start)
-        self.children[key] = Child(run.info.run_id, "RUNNING", tags, {})
+        self.children[key] = Child(run.info.run_id, "RUNNING", tags, {}, run.info.artifact_uri)
         self._index(key)
         return str(run.info.run_id)
 
@@ -271,7 +275,7 @@ class RunWriter:
             model_type="nerf",
         )
         try:
-            self.client.log_model_artifact(model.model_id, str(path))
+            self._artifacts(model.artifact_location).log_artifact(str(path))
         except Exception:
             self.client.finalize_logged_model(model.model_id, "FAILED")
             raise
@@ -303,18 +307,28 @@ class RunWriter:
         self.client.log_batch(run_id, metrics=metrics, params=params, tags=_tags(tags))
         self.children[record.key].tags.update(tags)
 
-    def _write_images(self, record: Record, run_id: str, tags: dict[str, str]) -> None:
+    def _write_images(self, record: Record, tags: dict[str, str]) -> None:
         step = names.image_step(record)
         renders = self.store.folder(record.kind, record.key) / "renders"
         paths = sorted(renders.glob("view_*.png"))
         if paths:
-            self._log_images(run_id, [GridImage(f"render/{p.stem}", step, p) for p in paths])
+            shown = [GridImage(f"render/{p.stem}", step, p) for p in paths]
+            self._log_images({self.children[record.key].artifacts: shown})
             tags |= images.TAG
 
-    def _log_images(self, run_id: str, shown: Sequence[GridImage]) -> None:
-        with tempfile.TemporaryDirectory(prefix="prunefield.") as folder:
-            images.write_images(shown, Path(folder))
-            self.client.log_artifacts(run_id, folder, images.FOLDER)
+    def _log_images(self, shown: Mapping[str, Sequence[GridImage]]) -> None:
+        """Log pictures of runs, by where the files of each go; all small copies side by side."""
+        with tempfile.TemporaryDirectory(prefix="prunefield.") as name:
+            folders = {where: Path(name) / str(i) for i, where in enumerate(shown)}
+            for folder in folders.values():
+                folder.mkdir()
+            images.write_images((i, folders[where]) for where, of in shown.items() for i in of)
+            for where, folder in folders.items():
+                self._artifacts(where).log_artifacts(str(folder), images.FOLDER)
+
+    def _artifacts(self, where: str) -> ArtifactRepository:
+        """What the client would ask the tracking store for, run by run: it is known here."""
+        return get_artifact_repository(where, tracking_uri=self.uri)
 
     def _link_trials(self, training: str, run_id: str) -> None:
         for trial, child in self.children.items():
@@ -381,16 +395,31 @@ class RunWriter:
                 self._monitor.finish()
             self._monitor = None
 
+    def write_side_by_side(self, pictures: Mapping[str, GridImage]) -> None:
+        """A picture of each of these runs, by key; its tags come with those of the front."""
+        new = {
+            key: image
+            for key, image in pictures.items()
+            if (child := self.children.get(key)) and child.tags.get(names.BESIDE) != image.key
+        }
+        self._log_images({self.children[key].artifacts: [image] for key, image in new.items()})
+        self._beside |= {key: image.key for key, image in new.items()}
+
     def write_front(self, keys: frozenset[str], metrics: Mapping[str, float]) -> None:
         """Tag the runs of the front, so that the UI can filter them; metrics of the sweep."""
         for key, child in self.children.items():
+            kind, tags = child.tags.get(names.KIND), {}
             value = "true" if key in keys else "false"
-            kind = child.tags.get(names.KIND)
             if kind == "trial" and child.tags.get(names.FRONT, "false") != value:
-                self._tag(key, {names.FRONT: value})
+                tags[names.FRONT] = value
             shown = "front" if key in keys or kind == "training" else "rest"
             if child.tags.get(names.SHOWN, "rest") != shown:
-                self._tag(key, {names.SHOWN: shown})
+                tags[names.SHOWN] = shown
+            if key in self._beside:
+                tags |= {names.BESIDE: self._beside[key], **images.TAG}
+            if tags:
+                self._tag(key, tags)
+                self._beside.pop(key, None)
         self.client.log_batch(
             self.parent,
             metrics=[Metric(name, float(v), _now(), 0) for name, v in metrics.items()],
@@ -406,22 +435,15 @@ class RunWriter:
         for key, value in views(self.parent, self.info.hash, gallery).items():
             if len(value) <= names.MAX_TAG:
                 self.client.set_experiment_tag(self.experiment_id, key, value)
-        for key, image in gallery.side_by_side.items():
-            child = self.children.get(key)
-            if child is not None and child.tags.get(names.BESIDE) != image.key:
-                self._log_images(child.run_id, [image])
-                self._tag(key, {names.BESIDE: image.key, **images.TAG})
         shown = [(i.key, i.step, i.path.parents[1].name) for i in gallery.images]
         digest = content_key({"images": shown})
         run = self.client.get_run(self.parent)
         if run.data.tags.get(names.GALLERY) == digest:
             return
         if names.GALLERY in run.data.tags:
-            get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri).delete_artifacts(
-                "images"
-            )
+            self._artifacts(run.info.artifact_uri).delete_artifacts("images")
         if gallery.images:
-            self._log_images(self.parent, gallery.images)
+            self._log_images({run.info.artifact_uri: gallery.images})
         tags = {names.GALLERY: digest, **(images.TAG if gallery.images else {})}
         self.client.log_batch(self.parent, tags=_tags(tags))
 
@@ -460,7 +482,8 @@ class RunWriter:
 def _child(run: Run) -> Child:
     # `get_metric_history` of every curve would be slow; the run itself knows each last step.
     last = {m.key: m.step for m in run.data._metric_objs if m.key.startswith(CURVES)}
-    return Child(run.info.run_id, run.info.status, dict(run.data.tags), last)
+    tags = dict(run.data.tags)
+    return Child(run.info.run_id, run.info.status, tags, last, run.info.artifact_uri)
 
 
 def _tags(tags: Mapping[str, str]) -> list[RunTag]:

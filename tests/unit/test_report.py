@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,15 @@ from PIL import Image
 
 from orchestrator.errors import StoreError, SweepError
 from orchestrator.pareto import Reference
-from orchestrator.report import ReportData, effects, front_json, table, write_report
+from orchestrator.report import (
+    ReportData,
+    effects,
+    front_json,
+    pictures,
+    table,
+    webp,
+    write_report,
+)
 from orchestrator.report.data import smallest_within
 from orchestrator.report.payload import payload
 from orchestrator.report.pictures import Album, album, grids
@@ -276,6 +285,36 @@ def test_pictures_shrink_until_they_fit(data: ReportData) -> None:
     assert whole.dropped == 0
     assert spent(10**4) < spent(10**7)
     assert album(data, 10**3).dropped > 0
+
+
+def test_many_pictures_are_made_in_a_process_of_their_own(
+    data: ReportData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [data.store.folder("trial", trial.key) for trial in data.done]
+    (folders[0] / "renders" / "view_0.png").write_bytes(b"no picture")
+    here = [album(data, budget) for budget in (10**7, 10**4)]
+    monkeypatch.setattr(pictures, "MANY", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(webp, "encode_here", None)
+        assert [album(data, budget) for budget in (10**7, 10**4)] == here
+    monkeypatch.setattr(webp, "__file__", "/nowhere/webp.py")  # a process that dies
+    assert [album(data, budget) for budget in (10**7, 10**4)] == here
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")  # or never is
+    assert album(data, 10**4) == here[1]
+
+
+@pytest.mark.parametrize("budget", [0, *(4**n for n in range(3, 12))])
+def test_the_first_step_that_fits_is_taken(data: ReportData, budget: int) -> None:
+    found = sorted(data.store.root.glob("trials/*/renders/*_0.png"))
+    pages, small = [found[:3], found[3:6]], found[6:]
+    with pictures.Encoder(len(found)) as encoder:
+        first = pictures.STEPS[-1]
+        for step in reversed(pictures.STEPS):
+            jobs = [(p, *step.main) for page in pages[: step.views] for p in page]
+            jobs += [] if step.rest is None else [(p, *step.rest) for p in small]
+            if sum(len(uri or "") for uri in encoder(jobs)) <= pictures.SAFETY * budget:
+                first = step
+        assert pictures._step(encoder, pages, small, budget) == first
 
 
 def test_a_damaged_or_missing_render_is_shown_as_absent(data: ReportData, tmp_path: Path) -> None:

@@ -197,6 +197,19 @@ def test_lanes_start_while_the_statistics_that_they_need_are_collected() -> None
     assert len(bench.dispatch.keys) == 6
 
 
+def test_lanes_start_without_an_answer_of_the_dispatcher() -> None:
+    done = training("a", trained=True, evaluated=True)
+    made = plan(done, calibration("a"), trial("x", "a", "a-s0-0"), trial("y", "a"))
+    queue = PlanQueue(made, lambda *_: None, lambda *_: None)
+    expecting = queue.expecting
+    table = WorkTable(1, queue.take_ready(), expecting)
+    silent = object()  # its process is not up: any call would wait for it
+    queue.connect(silent, 3, expecting)  # type: ignore[arg-type]
+    assert [queue.suggest(f"t{i}") is not None for i in range(4)] == [True] * 3 + [False]
+    assert [table.next(lane, None).item for lane in "ab"] == [("calibrate", "a-0"), ("prune", "y")]
+    assert table.next("c", None) == Order(None, wait=True)
+
+
 @pytest.mark.parametrize("failure", [None, OOPS])
 def test_a_lane_waits_for_statistics_no_longer_than_they_may_come(failure: Any) -> None:
     done = training("a", trained=True, evaluated=True)
@@ -633,6 +646,13 @@ def test_whatever_happens_every_node_ends_exactly_once(
 
 
 # --- which cluster -----------------------------------------------------------------------------
+
+
+def test_a_private_cluster_starts_no_api_server() -> None:
+    start = cluster.services.start_api_server
+    with cluster._no_api_server():
+        assert cluster.services.start_api_server(False, port=1) == (None, None)
+    assert cluster.services.start_api_server is start
 
 
 @pytest.mark.parametrize(

@@ -619,3 +619,41 @@ def test_the_sweeps_run_carries_pictures_tables_and_views_of_the_front(store: St
     assert pictures() == once
     log([t.key for t in trials[:2]])  # another front: the old pictures are gone
     assert pictures() == {"front/view_0": [0, *sizes[:2]], "activation both/view_0": [0, 30, 50]}
+
+
+def test_of_the_ratios_in_one_percent_one_picture_is_shown(store: Store) -> None:
+    dense = save(store, training_record())
+    trials = [save(store, trial_record(dense, r)) for r in (0.301, 0.302, 0.304, 0.5, 0.502)]
+    images = gallery_of(ReportData("s", "1" * 16, (dense,), tuple(trials), store)).images
+    steps = [(i.step, i.path.parents[1].name) for i in images if i.key.startswith("activation")]
+    assert steps == [(0, dense.key), (30, trials[0].key), (50, trials[3].key)]
+
+
+def test_the_front_is_tagged_where_its_pictures_cannot_be_logged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.tracking.logger.FIRST_DELAY", 0.0)
+    dense = save(store, training_record())
+    trial = save(store, trial_record(dense, 0.5))
+    data = ReportData(INFO.name, INFO.hash, (dense,), (trial,), store)
+
+    def log() -> TrackingLogger:
+        with tracking(store) as logger:
+            logger.record(dense)
+            logger.record(trial)
+            logger.front([trial.key], {"hypervolume": 1.0}, gallery_of(data))
+        return logger
+
+    def beside() -> list[str]:
+        seen = Seen(store)
+        assert seen.one(trial.key).data.tags[names.FRONT] == "true"
+        return [f for f in seen.files(seen.one(trial.key), "images") if "side by side" in f]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "_log_images", lambda *_: 1 / 0)
+        assert log().unlogged[-2].startswith("the front's pictures")
+    assert beside() == []
+    assert log().unlogged == ()
+    assert len(beside()) == 2
+    assert log().unlogged == ()  # once is enough
+    assert len(beside()) == 2
