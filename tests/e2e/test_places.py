@@ -56,7 +56,7 @@ def test_a_sweep_whose_results_are_in_a_bucket(
     # The bucket cannot be reached: a clear error.
     assert main(["run", str(path)]) == 1
     said = capsys.readouterr().err
-    assert "cannot read the storage s3://sweeps/tiny" in said
+    assert "cannot reach the storage s3://sweeps/tiny" in said
     assert "Traceback" not in said
     assert Counter(p.name for p in tmp_path.iterdir())["prunefield-out"] == 0
 
