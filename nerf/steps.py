@@ -78,6 +78,10 @@ class Job:
             return self.generator
         return ShareOfDraws(self.generator, self.batch, self.share.bounds(self.batch)[0])
 
+    def matrices(self) -> tuple[str, ...]:
+        """The names of the weights that Muon trains; none if the recipe is Adam's."""
+        return for_muon(self.parameters()) if self.recipe.optimizer == "muon" else ()
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All weights by name, e.g. ``fine.trunk.0.weight``."""
         return {
@@ -122,7 +126,7 @@ class EagerSteps:
         self._on_gpu = job.device.type == "cuda"
         self._parameters = job.parameters()
         rate = job.recipe.learning_rate
-        matrices = for_muon(self._parameters) if job.recipe.optimizer == "muon" else ()
+        matrices = job.matrices()
         self._muon = Muon({n: self._parameters[n] for n in matrices}) if matrices else None
         self._by_adam = {n: p for n, p in self._parameters.items() if n not in matrices}
         self._optimizer = torch.optim.Adam(

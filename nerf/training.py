@@ -18,7 +18,6 @@ from nerf.errors import CheckpointError, TrainingError
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.files import read_tensors, write_tensors
 from nerf.metrics import psnr
-from nerf.muon import for_muon
 from nerf.pool import RayPool, mix
 from nerf.recipe import Recipe
 from nerf.rendering import RenderSettings
@@ -172,8 +171,8 @@ class Trainer:
         # Everything is checked before anything is changed, so that a training whose state cannot
         # be used can still begin from the start.
         parameters = self._job.parameters()
-        matrices = for_muon(parameters) if self.recipe.optimizer == "muon" else ()
-        kinds = {"weights": parameters, "first": parameters, "second": parameters.keys() - matrices}
+        by_adam = parameters.keys() - self._job.matrices()
+        kinds = {"weights": parameters, "first": parameters, "second": by_adam}
         wanted = {
             f"{kind}.{name}": parameters[name].shape
             for kind, names in kinds.items()

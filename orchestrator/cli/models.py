@@ -289,13 +289,7 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         return value if type(value) is int else None
 
     ndc = seen.get("ndc")
-    kinds = {
-        "bd_factor": float,
-        "white_background": bool,
-        "half_resolution": bool,
-        "test_skip": int,
-    }
-    seldom = {name: seen[name] for name, kind in kinds.items() if type(seen.get(name)) is kind}
+    seldom = {name: seen[name] for name, kind in SELDOM.items() if type(seen.get(name)) is kind}
     scene = load_scene(
         SceneSettings(
             path=options.scene,
