@@ -23,6 +23,7 @@ from orchestrator.results import method_of
 from orchestrator.spec import PruneGrid, Sweep, place_of
 from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import (
+    LATER_OF_TRAINING,
     Errors,
     NetworkScope,
     Objective,
@@ -802,7 +803,7 @@ def _training_key(sweep: Sweep, fingerprint: str, recipe: Recipe, seed: int) -> 
 
 def _recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What goes into keys; what makes no difference is left out."""
-    settings = _without(asdict(recipe), validation=0.0, optimizer="adam", anneal="exponential")
+    settings = _without(asdict(recipe), **LATER_OF_TRAINING)
     if recipe.anneal == "cosine":
         del settings["decay"], settings["decay_iterations"]
     return settings

@@ -30,6 +30,7 @@ from orchestrator.spec.schema import (
 )
 from orchestrator.spec.search import search_identity, search_mistakes, search_settings
 from orchestrator.spec.sweep import (
+    LATER_OF_TRAINING,
     CalibrationAxes,
     Limits,
     Protocol,
@@ -439,7 +440,7 @@ _LATER: dict[str, Any] = {
 
 def _without_later_defaults(identity: dict[str, Any]) -> dict[str, Any]:
     train = identity["train"]
-    for name, default in {"validation": 0.0, "optimizer": "adam", "anneal": "exponential"}.items():
+    for name, default in LATER_OF_TRAINING.items():
         if train[name] == default:
             del train[name]
     for grid in identity["prune"]:

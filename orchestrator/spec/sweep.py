@@ -16,6 +16,8 @@ NetworkScope = Literal["coarse", "fine", "both", "shared"]
 Weighting = Literal["uniform", "render", "detail"]
 Errors = Literal["layer", "pixel"]
 Schedule = str | tuple[float, ...]
+LATER_OF_TRAINING = {"validation": 0.0, "optimizer": "adam", "anneal": "exponential"}
+"""Settings of a training that came later: at these values they are not in hashes and keys."""
 
 
 @dataclass(frozen=True)
