@@ -12,7 +12,6 @@ at the rate of one large bf16 (or, asked for float32, fp32) matrix product, meas
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 import traceback
@@ -35,6 +34,7 @@ from nerf.renderer import Renderer
 from nerf.rendering import RenderSettings
 from nerf.scenes import Scene
 from nerf.training import Trainer
+from orchestrator.provenance import git_commit
 
 START = time.monotonic()
 WIDTHS = (256, 243, 224, 192, 160, 128, 112, 96, 80, 64, 48, 32)
@@ -117,7 +117,7 @@ class Bench:
             "float32": matmul_rate(self.device, torch.float32),
         }
         self.found: dict[str, Any] = {
-            "commit": commit(),
+            "commit": git_commit(Path(__file__).parent),
             "hardware": describe_device(self.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "rays": self.rays,
@@ -325,18 +325,6 @@ def shown(value: float | None) -> str:
 def say(text: str) -> None:
     """Print a line at once."""
     print(text, flush=True)
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    folder = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
