@@ -269,9 +269,9 @@ class FusedSteps:
             field.density, field.rgb, t, self._lengths, noise, u, self._colors, errors,
             g_density, g_rgb, self._t_fine, t, t, samples, self._n_fine, samples, self._n_fine,
             self.job.recipe.density_noise, 1.0 / (3 * self._batch), TRAIN=True, COLOR=False,
-            WHITE=self.job.settings.white_background, IMPORTANCE=coarse, SPLIT=False,
-            PADDED=power_of_two(samples), DRAWN=power_of_two(self._n_fine) if coarse else 1,
-            num_warps=4 if coarse else 1,
+            WHITE=self.job.settings.white_background, IMPORTANCE=coarse,
+            ASCENDING=False, SPLIT=False, PADDED=power_of_two(samples),
+            DRAWN=power_of_two(self._n_fine) if coarse else 1, num_warps=4 if coarse else 1,
         )  # fmt: skip
 
     # --- state -----------------------------------------------------------------------------
@@ -374,9 +374,9 @@ class FusedRenderer:
             density, rgb, t, lengths, unused, self._u, unused,
             unused if colors is None else colors, unused, unused, merged, unused, unused, samples,
             drawn, samples, 0, 0.0, 0.0, TRAIN=False, COLOR=colors is not None,
-            WHITE=self._settings.white_background, IMPORTANCE=colors is None, SPLIT=False,
-            PADDED=power_of_two(samples), DRAWN=power_of_two(drawn) if colors is None else 1,
-            num_warps=4 if colors is None else 1,
+            WHITE=self._settings.white_background, IMPORTANCE=colors is None, ASCENDING=True,
+            SPLIT=False, PADDED=power_of_two(samples),
+            DRAWN=power_of_two(drawn) if colors is None else 1, num_warps=1,
         )  # fmt: skip
 
 

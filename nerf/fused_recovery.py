@@ -334,7 +334,7 @@ class FusedRecovery:
             self._coarse_errors, *self._g, self._t_all, self._t_drawn, self._source, self._n,
             self._drawn, self._n, self._drawn, recipe.density_noise,
             SHARED_COARSE / (3 * rays), TRAIN=True, COLOR=False, WHITE=white,
-            IMPORTANCE=True, SPLIT=True, PADDED=power_of_two(self._n),
+            IMPORTANCE=True, ASCENDING=False, SPLIT=True, PADDED=power_of_two(self._n),
             DRAWN=power_of_two(self._drawn), num_warps=4,
         )  # fmt: skip
         more_density, more_rgb = self._more.forward(

@@ -9,8 +9,9 @@ The gradients of compositing, with q = G·(c − background), are
     ∂L/∂c = G·w,   ∂L/∂d_j = q_j·T_j·exp(−d_j) − Σ_{i>j} q_i·w_i.
 
 A program works on one ray (`composite`) or a few (`begin_step`). Sample counts are padded to powers
-of two in registers only. Places of the inverse CDF and of the merged samples are found by counting
-comparisons, which needs no search, no gather and no sort.
+of two in registers only. Places of the inverse CDF are found by bisection; a new sample lies between
+the middles of two gaps, so the only old sample that it must be compared with is the one between
+them, and where u ascends nothing is sorted.
 """
 
 import triton
@@ -180,50 +181,64 @@ def _gradients(
 
 
 @triton.jit
+def _at_most(row, x, LENGTH: tl.constexpr):
+    """How many of an ascending row of `LENGTH` (a power of two) numbers are at most x."""
+    count = tl.zeros_like(x).to(tl.int32)
+    for halved in tl.static_range(1, 16):
+        if (LENGTH >> halved) > 0:
+            further = count + (LENGTH >> halved)
+            count = tl.where(tl.gather(row, further - 1, 0) <= x, further, count)
+    return count + (tl.gather(row, count, 0) <= x).to(tl.int32)
+
+
+@triton.jit
 def _merge_importance(
-    place, w, u_of, merged, added, source, ray, samples, drawn,
-    u_stride, SPLIT: tl.constexpr, PADDED: tl.constexpr, DRAWN: tl.constexpr,
+    place, w, u_of, merged, added, source, ray, samples, drawn, u_stride,
+    ASCENDING: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Draw from the inverse CDF of a ray's weights and write old and new samples in order."""
     sample = tl.arange(0, PADDED)
     new = tl.arange(0, DRAWN)
-    exists = sample < samples
-    here = tl.load(place + sample, mask=exists, other=INFINITY)
-    bins = 0.5 * (here + tl.load(place + sample + 1, mask=sample + 1 < samples, other=0.0))
+    exists, wanted = sample < samples, new < drawn
     known = sample + 1 < samples
-    inner = (sample > 0) & known
-    density = tl.where(inner, w + MIN_DENSITY, 0.0)
-    density = density / tl.sum(density, 0)
-    cdf = tl.cumsum(density, 0)
-    u = tl.load(u_of + ray * u_stride + new, mask=new < drawn, other=0.0)
-    below = (cdf[None, :] <= u[:, None]) & known[None, :]
-    above = (cdf[None, :] > u[:, None]) & known[None, :]
-    cdf_below = tl.max(tl.where(below, cdf[None, :], 0.0), 1)
-    bin_below = tl.max(tl.where(below, bins[None, :], -INFINITY), 1)
-    cdf_above = tl.min(tl.where(above, cdf[None, :], INFINITY), 1)
-    bin_above = tl.min(tl.where(above, bins[None, :], INFINITY), 1)
-    last = cdf_above == INFINITY
-    cdf_above = tl.where(last, cdf_below, cdf_above)
-    bin_above = tl.where(last, bin_below, bin_above)
-    span = cdf_above - cdf_below
+    density = tl.where((sample > 0) & known, w + MIN_DENSITY, 0.0)
+    density = density / tl.maximum(tl.sum(density, 0), MIN_DENSITY)  # of two samples none is inner
+    cdf = tl.where(known, tl.cumsum(density, 0), INFINITY)
+    u = tl.load(u_of + ray * u_stride + new, mask=wanted, other=1.0)
+    above = _at_most(cdf, u, PADDED)
+    inside = above + 1 < samples
+    # A bin reaches from the middle between two samples to the next one.
+    first = tl.load(place + above - 1)
+    second = tl.load(place + above)
+    third = tl.load(place + above + 1, mask=inside, other=0.0)
+    bin_below = 0.5 * (first + second)
+    bin_above = tl.where(inside, 0.5 * (second + third), bin_below)
+    cdf_below = tl.gather(cdf, above - 1, 0)
+    span = tl.where(inside, tl.gather(cdf, above, 0) - cdf_below, 0.0)
     span = tl.where(span < MIN_SPAN, 1.0, span)
     t = bin_below + (u - cdf_below) / span * (bin_above - bin_below)
-    t = tl.where(new < drawn, t, INFINITY)
-    # Ranks: how many come before. Equal ones keep their order, old before new.
-    old_rank = sample + tl.sum((t[None, :] < here[:, None]).to(tl.int32), 1)
-    new_rank = tl.sum((here[None, :] <= t[:, None]).to(tl.int32), 1)
-    mine, other = new[:, None], new[None, :]
-    # The same numbers once more along the other axis: a broadcast needs no copy between layouts.
-    earlier = (t[None, :] < t[:, None]) | ((t[None, :] == t[:, None]) & (other < mine))
-    new_rank += tl.sum(earlier.to(tl.int32), 1)
+    t = tl.minimum(t, bin_above)
+    # Ranks: how many come before. Old samples come before new ones at the same place.
+    old_before = above + (second <= t).to(tl.int32)
+    old_before = tl.where(wanted, old_before, PADDED)
+    if ASCENDING:
+        new_rank = old_before + new
+        old_rank = sample + _at_most(old_before, sample, DRAWN)
+    else:
+        mine, other = new[:, None], new[None, :]
+        earlier = (u[None, :] < u[:, None]) | ((u[None, :] == u[:, None]) & (other < mine))
+        new_rank = old_before + tl.sum((earlier & wanted[None, :]).to(tl.int32), 1)
+        behind = (old_before[None, :] <= sample[:, None]) & wanted[None, :]
+        old_rank = sample + tl.sum(behind.to(tl.int32), 1)
+    here = tl.load(place + sample, mask=exists, other=0.0)
     row = merged + ray * (samples + drawn)
     tl.store(row + old_rank, here, mask=exists)
-    tl.store(row + new_rank, t, mask=new < drawn)
+    tl.store(row + new_rank, t, mask=wanted)
     if SPLIT:
-        tl.store(added + ray * drawn + new, t, mask=new < drawn)
+        tl.store(added + ray * drawn + new, t, mask=wanted)
         origin = source + ray * (samples + drawn)
         tl.store(origin + old_rank, sample, mask=exists)
-        tl.store(origin + new_rank, samples + new, mask=new < drawn)
+        tl.store(origin + new_rank, samples + new, mask=wanted)
 
 
 @triton.jit(do_not_specialize=["samples", "drawn", "u_stride", "noise_std", "scale"])
@@ -251,6 +266,7 @@ def composite(
     COLOR: tl.constexpr,
     WHITE: tl.constexpr,
     IMPORTANCE: tl.constexpr,
+    ASCENDING: tl.constexpr,
     SPLIT: tl.constexpr,
     PADDED: tl.constexpr,
     DRAWN: tl.constexpr,
@@ -282,6 +298,7 @@ def composite(
         COLOR: whether colours are.
         WHITE: whether the background is white.
         IMPORTANCE: whether new samples are drawn.
+        ASCENDING: whether every row of u is ascending.
         SPLIT: whether they are wanted by themselves, too.
         PADDED: a power of two, at least S.
         DRAWN: a power of two, at least N.
@@ -319,8 +336,9 @@ def composite(
         tl.store(g_density + at, g_sigma, mask=exists)
     if IMPORTANCE:
         _merge_importance(
-            place, w, u, merged, added, source, ray, samples, drawn, u_stride, SPLIT, PADDED, DRAWN
-        )
+            place, w, u, merged, added, source, ray, samples, drawn, u_stride, ASCENDING, SPLIT,
+            PADDED, DRAWN,
+        )  # fmt: skip
 
 
 @triton.jit

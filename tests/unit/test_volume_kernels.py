@@ -43,7 +43,7 @@ def padded(count):
     return 1 << (count - 1).bit_length()
 
 
-def composite(given, u, *, train, color, white, drawn, shared_u=False, shared_t=False):
+def composite(given, u, *, train, color, white, drawn, shared=False, ascending=False):
     density, rgb, t, lengths, noise, colors = given
     rays, samples = density.shape
     nan = float("nan")
@@ -52,9 +52,9 @@ def composite(given, u, *, train, color, white, drawn, shared_u=False, shared_t=
     merged = torch.full((rays, samples + drawn), nan, device=DEVICE)
     volume.composite[(rays,)](
         density, rgb, t, lengths, noise, u, colors, result, g_density, g_rgb, merged, merged,
-        merged, samples, drawn, 0 if shared_t else samples, 0 if shared_u else drawn, 0.5,
-        1.0 / (3 * rays), TRAIN=train, COLOR=color, WHITE=white, IMPORTANCE=drawn > 0, SPLIT=False,
-        PADDED=padded(samples), DRAWN=padded(max(drawn, 1)),
+        merged, samples, drawn, 0 if shared else samples, 0 if shared else drawn, 0.5,
+        1.0 / (3 * rays), TRAIN=train, COLOR=color, WHITE=white, IMPORTANCE=drawn > 0,
+        ASCENDING=ascending, SPLIT=False, PADDED=padded(samples), DRAWN=padded(max(drawn, 1)),
     )  # fmt: skip
     return result, g_density, g_rgb, merged
 
@@ -99,7 +99,7 @@ def test_colours_of_a_rendering(white):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("count", COUNTS, ids=str)
+@pytest.mark.parametrize("count", [*COUNTS, (3, 2, 6)], ids=str)
 def test_fine_samples_are_those_of_the_reference_in_order(count, shared):
     rays, samples, drawn = count
     given = batch(rays, samples)
@@ -109,8 +109,8 @@ def test_fine_samples_are_those_of_the_reference_in_order(count, shared):
     else:
         u = torch.rand(rays, drawn, device=DEVICE)
     *_, merged = composite(
-        given, u, train=False, color=False, white=False, drawn=drawn, shared_u=shared,
-        shared_t=shared,
+        given, u, train=False, color=False, white=False, drawn=drawn, shared=shared,
+        ascending=shared,
     )  # fmt: skip
     given[2] = given[2].expand(rays, samples)
     _, _, weights, _ = reference(given, False, 0.0)
@@ -164,7 +164,7 @@ def test_new_samples_are_given_by_themselves_with_their_places_in_the_order(coun
     volume.composite[(rays,)](
         density, rgb, t, lengths, noise, u, colors, lengths, density, rgb, merged, added, source,
         samples, drawn, samples, drawn, 0.0, 1.0, TRAIN=False, COLOR=False, WHITE=False,
-        IMPORTANCE=True, SPLIT=True, PADDED=padded(samples), DRAWN=padded(drawn),
+        IMPORTANCE=True, ASCENDING=False, SPLIT=True, PADDED=padded(samples), DRAWN=padded(drawn),
     )  # fmt: skip
     everything = torch.arange(samples + drawn, device=DEVICE).expand(rays, -1)
     assert torch.equal(source.long().sort(dim=1).values, everything)
