@@ -144,21 +144,31 @@ class Field(nn.Module):
         Returns:
             Raw density (apply ReLU; per scene unit) and raw colour (apply the sigmoid).
         """
-        encoded_points = encode(points, self.shape.point_octaves)
+        # One row an evaluation: of more dimensions a linear layer returns a view, and a ReLU in the
+        # place of a view makes autograd copy each activation four times on the way back.
+        encoded_points = _as_multiplied(encode(points.flatten(0, 1), self.shape.point_octaves))
         encoded_directions = encode(directions, self.shape.direction_octaves)
         h = encoded_points
         for index, layer in enumerate(self.trunk):
             if self.shape.skip is not None and index == self.shape.skip + 1:
                 h = torch.cat((encoded_points, h), dim=-1)
             h = layer(h).relu_()
-        density = self.density(h)[..., 0]
+        per_ray = points.shape[:2]
+        density = self.density(h)[..., 0].unflatten(0, per_ray)
         # The direction is the same along a ray: its share of the view layer is computed once.
         from_feature, from_direction = self.view.weight.split(
             (self.shape.feature, self.shape.direction_features), dim=1
         )
         ray_share = F.linear(encoded_directions, from_direction, self.view.bias)
-        h = F.linear(self.feature(h), from_feature).add_(ray_share[:, None, :]).relu_()
-        return density, self.rgb(h)
+        h = F.linear(self.feature(h), from_feature).unflatten(0, per_ray)
+        h = (h + ray_share[:, None, :]).relu_()
+        return density, self.rgb(h.flatten(0, 1)).unflatten(0, per_ray)
+
+
+def _as_multiplied(x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows features"]:
+    """In the arithmetic of matrix products, if that is another (autocast): rounded but once."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 @dataclass(frozen=True)

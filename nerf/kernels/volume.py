@@ -9,9 +9,9 @@ The gradients of compositing, with q = G·(c − background), are
     ∂L/∂c = G·w,   ∂L/∂d_j = q_j·T_j·exp(−d_j) − Σ_{i>j} q_i·w_i.
 
 A program works on one ray (`composite`) or a few (`begin_step`). Sample counts are padded to powers
-of two in registers only. Places of the inverse CDF are found by bisection; a new sample lies between
-the middles of two gaps, so the only old sample that it must be compared with is the one between
-them, and where u ascends nothing is sorted.
+of two in registers only. Places of the inverse CDF are found by bisection; a new sample lies
+between the middles of two gaps, so the only old sample that it must be compared with is the one
+between them, and where u ascends nothing is sorted.
 """
 
 import triton
