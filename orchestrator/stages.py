@@ -660,12 +660,18 @@ def recipe_of(checkpoint: Record) -> Recipe:
 def failure_of(error: BaseException, watch: Stopwatch) -> Failure:
     """A failure as it is recorded: the stage under way and the error in one line."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        reason = f"out of GPU memory: {error}"
+        reason = f"out of GPU memory: {_shortage(error)}"
     elif isinstance(error, PrunefieldError):
         reason = str(error)
     else:
         reason = f"{type(error).__name__}: {error}"
     return Failure(watch.stage, " ".join(reason.split())[:2000])
+
+
+def _shortage(error: torch.cuda.OutOfMemoryError) -> str:
+    """What PyTorch says was wanted, and of how much; without its advice on its own settings."""
+    wanted = str(error).split(" Including non-PyTorch memory")[0]
+    return f"{wanted} Take fewer rays or samples, or give a worker more of a GPU (`resources`)"
 
 
 def sizes(model: NerfModel, pruned: Mapping[str, Reduced]) -> dict[str, float]:

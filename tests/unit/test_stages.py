@@ -512,7 +512,14 @@ def test_a_missing_scene_fails_in_load(tmp_path: Path) -> None:
         (PruningError("no such criterion"), "no such criterion"),
         (NerfError("two\n  lines"), "two lines"),
         (KeyError("x"), "KeyError: 'x'"),
-        (torch.cuda.OutOfMemoryError("needs 5 GiB"), "out of GPU memory: needs 5 GiB"),
+        (
+            torch.cuda.OutOfMemoryError(
+                "Tried to allocate 5 GiB. GPU 0 has 1 GiB of which 1 MiB is free. Including "
+                "non-PyTorch memory, this process has 9 MiB memory in use. Try PYTORCH_ALLOC_CONF"
+            ),
+            "out of GPU memory: Tried to allocate 5 GiB. GPU 0 has 1 GiB of which 1 MiB is free. "
+            "Take fewer rays or samples, or give a worker more of a GPU (`resources`)",
+        ),
         (ValueError("x" * 5000), f"ValueError: {'x' * 1988}"),
     ],
 )
