@@ -21,6 +21,8 @@ SMALLER = {
     "preset: fast, precision: bfloat16": "preset: fast, iterations: 8, rays: 32, "
     "network: {depth: 3, width: 16, skip: 1, point_octaves: 3}, samples: {coarse: 8, fine: 8}",
     "[1.2MB, 500kB, 250kB]": "[9kB]",
+    "[250kB, 100kB]": "[4kB]",
+    "28_000, rays: 2048": "6, rays: 32",
 }
 
 
