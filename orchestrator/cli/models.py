@@ -262,16 +262,13 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
-SELDOM = {"bd_factor": float, "white_background": bool, "half_resolution": bool, "test_skip": int}
-"""Of a scene's settings: what a model file tells only where it is not as usual."""
-
-
 def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model on its device, the scene as the checkpoint saw it, and what the file says."""
     from nerf.checkpoints import load_model
     from nerf.devices import resolve_device
     from nerf.field import SampleCounts
-    from nerf.scenes import SceneSettings, load_scene
+    from nerf.scenes import load_scene
+    from orchestrator.scene_info import settings_of
 
     device = resolve_device(options.device)
     if options.samples and options.samples[0] < MIN_COARSE:
@@ -281,24 +278,8 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         )
     samples = SampleCounts(*options.samples) if options.samples else None
     model, info = load_model(options.checkpoint, samples)
-    said = info.get("scene")
-    seen = said if isinstance(said, dict) else {}
-
-    def recorded(name: str) -> int | None:
-        value = seen.get(name)
-        return value if type(value) is int else None
-
-    ndc = seen.get("ndc")
-    seldom = {name: seen[name] for name, kind in SELDOM.items() if type(seen.get(name)) is kind}
-    scene = load_scene(
-        SceneSettings(
-            path=options.scene,
-            factor=options.factor or recorded("factor"),
-            holdout=options.holdout or recorded("holdout") or 8,
-            ndc=ndc if options.ndc is None and isinstance(ndc, bool) else options.ndc,
-            **seldom,
-        )
-    )
+    settings = settings_of(info, options.scene, options.factor, options.holdout, options.ndc)
+    scene = load_scene(settings)
     return model.to(device), scene, info
 
 
