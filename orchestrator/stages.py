@@ -438,11 +438,7 @@ class Workbench:
             self.held_out()
         with watch.during("calibrate"):
             material = self.material(trial)
-        info = {
-            "scene": scene_info(self.sweep.scene, self.scene()),
-            "pruning": config.flat(),
-            "training_key": trial.training,
-        }
+        info = self._info(trial)
         with self.store.writing(trial.kind, trial.key) as folder:
             if config.recover is None:
                 with watch.during("prune"):
@@ -480,6 +476,14 @@ class Workbench:
             self.store.write_record(folder, record)
         if config.recover is not None:
             self.store.remove_running(trial.key)
+
+    def _info(self, trial: Trial) -> dict[str, Any]:
+        """What the file of a trial's model says of it."""
+        return {
+            "scene": scene_info(self.sweep.scene, self.scene()),
+            "pruning": trial.config.flat(),
+            "training_key": trial.training,
+        }
 
     def _recover(
         self,
@@ -551,11 +555,7 @@ class Workbench:
                 raise SweepError(f"training {trial.training} has no validation rays to search on")
         with watch.during("calibrate"):
             material = self.material(trial)
-        info = {
-            "scene": scene_info(self.sweep.scene, self.scene()),
-            "pruning": config.flat(),
-            "training_key": trial.training,
-        }
+        info = self._info(trial)
         precision, stopped = self.sweep.protocol.precision, False
         with self.store.scratch("search") as scratch:
             path = scratch / MODEL
