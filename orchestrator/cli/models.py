@@ -19,7 +19,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure a checkpoint on held-out views."""
     from nerf.evaluation import HeldOut
 
-    model, scene, _ = _open(options)
+    model, scene, _ = open_model(options)
     held_out = HeldOut(scene, model.device, options.max_rays)
     result = held_out.evaluate(model, options.precision, backend=options.backend)
     views = [
@@ -62,9 +62,9 @@ def prune(options: argparse.Namespace) -> int:
     )
     from pruning import allocate
 
-    model, scene, info = _open(options)
+    model, scene, info = open_model(options)
     config = _pruning(options, model.fine.shape.parameters())
-    _check_output(options.output)
+    check_output(options.output)
     material = Material()
     if options.size is None:
         depth = _depth(model, config.networks, options)
@@ -215,7 +215,7 @@ def render(options: argparse.Namespace) -> int:
     from nerf.renderer import Renderer
     from nerf.rendering import RenderSettings
 
-    model, scene, _ = _open(options)
+    model, scene, _ = open_model(options)
     settings = RenderSettings(scene.near, scene.far, scene.white_background)
     if options.spiral:
         poses = scene.spiral
@@ -228,7 +228,7 @@ def render(options: argparse.Namespace) -> int:
         raise OrchestratorError(
             f"--view {options.view}: the scene has views 0 to {len(scene.poses) - 1}"
         )
-    _check_output(options.output)
+    check_output(options.output)
     renderer = Renderer(model, settings, options.precision, options.backend)
     pictures = []
     for number, pose in enumerate(poses, 1):
@@ -262,7 +262,7 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+def open_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model on its device, the scene as the checkpoint saw it, and what the file says."""
     from nerf.checkpoints import load_model
     from nerf.devices import resolve_device
@@ -300,7 +300,7 @@ def _validate(scene: Any, model: Any, fraction: float) -> Any:
     return lambda small: rays.score(small).psnr
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path) -> None:
     """Whether a file can be written, before the work whose result it is to hold.
 
     Raises:

@@ -19,7 +19,7 @@ from nerf.checkpoints import load_model, save_model
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.scenes import SceneSettings, load_scene
 from orchestrator.cli import main
-from orchestrator.cli.models import _open
+from orchestrator.cli.models import open_model
 from orchestrator.cli.parser import build_parser
 from orchestrator.scene_info import scene_info
 from pruning import CRITERIA
@@ -310,7 +310,7 @@ def test_a_scene_is_read_as_the_sweep_read_it(files: dict[str, Path], tmp_path: 
     other = tmp_path / "other.safetensors"
     save_model(other, model, {"scene": said})
     command = ["render", str(other), "--scene", str(files["scene"]), "--view", "0", "-o", "x.png"]
-    _, found, _ = _open(build_parser().parse_args(command))
+    _, found, _ = open_model(build_parser().parse_args(command))
     assert found.fingerprint == load_scene(settings).fingerprint != scene.fingerprint
 
 
