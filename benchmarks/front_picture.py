@@ -22,9 +22,10 @@ from nerf.checkpoints import load_model
 from nerf.evaluation import write_picture
 from nerf.renderer import Renderer
 from nerf.rendering import RenderSettings
-from nerf.scenes import SceneSettings, load_scene
+from nerf.scenes import load_scene
 from orchestrator import pareto
 from orchestrator.results import Record
+from orchestrator.scene_info import settings_of
 from orchestrator.store import Store
 
 INK, SOFT, BLUE = "#1a1d21", "#8a9099", "#2f6fb5"
@@ -135,9 +136,7 @@ def _picture(model: Model, view: int, scene: Path | None, folder: Path) -> PIL.I
             else (record.kind, record.key)
         )
         loaded, info = load_model(model.store.file(*entry, "model.safetensors"))
-        seen = info.get("scene")
-        factor = seen.get("factor") if isinstance(seen, dict) else None
-        data = load_scene(SceneSettings(path=scene, factor=factor))
+        data = load_scene(settings_of(info, scene))
         settings = RenderSettings(data.near, data.far, data.white_background)
         path = folder / f".{record.key}.png"
         pose = loaded.fine.density.weight.new_tensor(data.poses[view])

@@ -33,7 +33,7 @@ from orchestrator.provenance import Origin
 from orchestrator.report import write_report
 from orchestrator.report.tables import front_json
 from orchestrator.results import Provenance, Record, ViewScore
-from orchestrator.scheduler import execute
+from orchestrator.scheduler.execute import execute
 from orchestrator.showcase import gallery_of
 from orchestrator.spec import Sweep, read_text
 from orchestrator.stages import Stopwatch, Update

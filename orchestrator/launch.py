@@ -24,7 +24,6 @@ from orchestrator.spec import Sweep
 
 REMOTE = "~/.prunefield/bundles"
 UP, DOWN, OTHER = "prunefield-ray-is-up", "prunefield-ray-is-down", "prunefield-ray-is-else"
-NO_HEAD = "Head node of cluster"
 DEFAULT_PORT = 6379
 
 

@@ -24,7 +24,7 @@ from nerf.evaluation import Evaluation, HeldOut, error_map, write_picture
 from nerf.field import NerfModel
 from nerf.files import read_tensors, write_tensors
 from nerf.parallel import ParallelTrainer, train_devices
-from nerf.scenes import Scene, SceneSettings, load_scene
+from nerf.scenes import Scene, load_scene
 from nerf.training import Progress, RayPool, Recipe, Trainer
 from nerf.validation import MAX_RAYS, ValidationRays
 from orchestrator.bridge import CalibrationSamples, as_one, calibrate, from_one
@@ -35,6 +35,7 @@ from orchestrator.plan import Calibration, CalibrationSet, Look, Training, Trial
 from orchestrator.provenance import Origin
 from orchestrator.recovering import Ground, Recovered, recover_pruned, train_control
 from orchestrator.results import Failure, Record, ViewScore
+from orchestrator.scene_info import scene_info
 from orchestrator.search.goals import hopeless
 from orchestrator.spec import Sweep
 from orchestrator.store import Held, Store
@@ -360,7 +361,7 @@ class Workbench:
             folder / MODEL,
             model,
             {
-                "scene": scene_info(self.sweep, scene),
+                "scene": scene_info(self.sweep.scene, scene),
                 "training": training.config,
                 "training_key": training.key,
             },
@@ -437,11 +438,7 @@ class Workbench:
             self.held_out()
         with watch.during("calibrate"):
             material = self.material(trial)
-        info = {
-            "scene": scene_info(self.sweep, self.scene()),
-            "pruning": config.flat(),
-            "training_key": trial.training,
-        }
+        info = self._info(trial)
         with self.store.writing(trial.kind, trial.key) as folder:
             if config.recover is None:
                 with watch.during("prune"):
@@ -479,6 +476,14 @@ class Workbench:
             self.store.write_record(folder, record)
         if config.recover is not None:
             self.store.remove_running(trial.key)
+
+    def _info(self, trial: Trial) -> dict[str, Any]:
+        """What the file of a trial's model says of it."""
+        return {
+            "scene": scene_info(self.sweep.scene, self.scene()),
+            "pruning": trial.config.flat(),
+            "training_key": trial.training,
+        }
 
     def _recover(
         self,
@@ -550,11 +555,7 @@ class Workbench:
                 raise SweepError(f"training {trial.training} has no validation rays to search on")
         with watch.during("calibrate"):
             material = self.material(trial)
-        info = {
-            "scene": scene_info(self.sweep, self.scene()),
-            "pruning": config.flat(),
-            "training_key": trial.training,
-        }
+        info = self._info(trial)
         precision, stopped = self.sweep.protocol.precision, False
         with self.store.scratch("search") as scratch:
             path = scratch / MODEL
@@ -711,24 +712,6 @@ def calibration_samples(
         wanted.weighting,
         validation,
     )
-
-
-def scene_info(sweep: Sweep, scene: Scene) -> dict[str, Any]:
-    """How the scene was read, kept in model files so that evaluating them needs no flags."""
-    usual = SceneSettings()
-    seldom = ("bd_factor", "white_background", "half_resolution", "test_skip")
-    return {
-        "name": scene.name,
-        "fingerprint": scene.fingerprint,
-        "factor": sweep.scene.factor,
-        "holdout": sweep.scene.holdout,
-        "ndc": scene.camera.ndc,
-        **{
-            name: value
-            for name in seldom
-            if (value := getattr(sweep.scene, name)) != getattr(usual, name)
-        },
-    }
 
 
 def _scores(evaluation: Evaluation) -> dict[str, float]:

@@ -16,7 +16,7 @@ from orchestrator.progress import Progress
 from orchestrator.provenance import Origin
 from orchestrator.report import ReportData, ReportFiles, write_report
 from orchestrator.results import Record
-from orchestrator.scheduler import Outcome, execute
+from orchestrator.scheduler.execute import Outcome, execute
 from orchestrator.search.summary import searched
 from orchestrator.showcase import gallery_of
 from orchestrator.spec import Sweep, load, relocated

@@ -30,6 +30,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """A process's environment; of one with a title what that leaves: it is written over the start.
+
+    Ray's agents have titles. What psutil says of such a process is that it has no environment.
+
+    Raises:
+        OSError: the process is gone, or another user's.
+    """
+    entries = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    pairs = (entry.decode(errors="replace").partition("=") for entry in entries)
+    return {name: value for name, equals, value in pairs if equals}
+
+
 def wait_for(port: int, process: subprocess.Popen | None = None) -> None:
     """Until something listens."""
     end = time.monotonic() + START_SECONDS

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,6 +15,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from tests.services import environment_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "PRUNEFIELD_CHAOS_RUN"
@@ -82,11 +85,9 @@ def left_running(path: Path) -> list[str]:
     """Processes that a driver of this file has left behind, its cluster's included."""
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(path):
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and environment_of(process).get(MARK) == str(path):
                 found.append(process.name())
-        except psutil.Error:
-            continue
     return found
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cli import values
 from orchestrator.errors import OrchestratorError, SweepError
-from orchestrator.units import parse_bytes, show_bytes
+from orchestrator.units import show_bytes
 
 SWEEP_FILES = (".yaml", ".yml")
 
@@ -55,7 +56,9 @@ def add_commands(command: Callable[..., Any]) -> None:
 def add_rule(parser: Any) -> None:
     """Which model is asked for; the knee of the front by default."""
     rule = parser.add_mutually_exclusive_group()
-    rule.add_argument("--max-size", type=_size, metavar="BYTES", help="the best of at most this")
+    rule.add_argument(
+        "--max-size", type=values.size, metavar="BYTES", help="the best of at most this"
+    )
     rule.add_argument("--min-psnr", type=float, metavar="DB", help="the smallest of at least this")
     parser.add_argument(
         "--by",
@@ -96,7 +99,7 @@ def pick(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write a model, or the one to ship of a sweep, in a format that other programs read."""
     from nerf.checkpoints import load_model
-    from orchestrator.cli.models import _check_output
+    from orchestrator.cli.models import check_output
     from orchestrator.export import export as write
     from orchestrator.export import form_of
     from orchestrator.pick import pick as choose
@@ -115,7 +118,7 @@ def export(options: argparse.Namespace) -> int:
         data, sweep, store = _read(source)
         chosen = choose(data, options.max_size, options.min_psnr, sweep.scene.path, options.by)
         source, said = chosen.model, chosen.to_json()
-    _check_output(options.output)
+    check_output(options.output)
     size = write(options.output, *load_model(source), form)
     said |= {"output": str(options.output), "format": form, "size_bytes": size}
     if of_sweep and options.register is not False:
@@ -170,11 +173,11 @@ def view(options: argparse.Namespace) -> int:
 
     from nerf.checkpoints import load_model
     from nerf.field import SampleCounts
-    from orchestrator.cli.models import _open
+    from orchestrator.cli.models import open_model
     from orchestrator.viewer import Viewer
 
     options.checkpoint = options.checkpoints[0]
-    first, scene, _ = _open(options)
+    first, scene, _ = open_model(options)
     samples = SampleCounts(*options.samples) if options.samples else None
     others = [load_model(path, samples)[0].to(first.device) for path in options.checkpoints[1:]]
     names = [
@@ -231,10 +234,3 @@ def _side(text: str) -> tuple[Any, Any, Any]:
             f"begin with {wanted!r}; `prunefield front {path}` lists the ids"
         )
     return data, sweep, found[0]
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error

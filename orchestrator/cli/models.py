@@ -19,7 +19,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Measure a checkpoint on held-out views."""
     from nerf.evaluation import HeldOut
 
-    model, scene, _ = _open(options)
+    model, scene, _ = open_model(options)
     held_out = HeldOut(scene, model.device, options.max_rays)
     result = held_out.evaluate(model, options.precision, backend=options.backend)
     views = [
@@ -62,9 +62,9 @@ def prune(options: argparse.Namespace) -> int:
     )
     from pruning import allocate
 
-    model, scene, info = _open(options)
+    model, scene, info = open_model(options)
     config = _pruning(options, model.fine.shape.parameters())
-    _check_output(options.output)
+    check_output(options.output)
     material = Material()
     if options.size is None:
         depth = _depth(model, config.networks, options)
@@ -215,7 +215,7 @@ def render(options: argparse.Namespace) -> int:
     from nerf.renderer import Renderer
     from nerf.rendering import RenderSettings
 
-    model, scene, _ = _open(options)
+    model, scene, _ = open_model(options)
     settings = RenderSettings(scene.near, scene.far, scene.white_background)
     if options.spiral:
         poses = scene.spiral
@@ -228,7 +228,7 @@ def render(options: argparse.Namespace) -> int:
         raise OrchestratorError(
             f"--view {options.view}: the scene has views 0 to {len(scene.poses) - 1}"
         )
-    _check_output(options.output)
+    check_output(options.output)
     renderer = Renderer(model, settings, options.precision, options.backend)
     pictures = []
     for number, pose in enumerate(poses, 1):
@@ -262,16 +262,13 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
-SELDOM = {"bd_factor": float, "white_background": bool, "half_resolution": bool, "test_skip": int}
-"""Of a scene's settings: what a model file tells only where it is not as usual."""
-
-
-def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+def open_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model on its device, the scene as the checkpoint saw it, and what the file says."""
     from nerf.checkpoints import load_model
     from nerf.devices import resolve_device
     from nerf.field import SampleCounts
-    from nerf.scenes import SceneSettings, load_scene
+    from nerf.scenes import load_scene
+    from orchestrator.scene_info import settings_of
 
     device = resolve_device(options.device)
     if options.samples and options.samples[0] < MIN_COARSE:
@@ -281,24 +278,8 @@ def _open(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         )
     samples = SampleCounts(*options.samples) if options.samples else None
     model, info = load_model(options.checkpoint, samples)
-    said = info.get("scene")
-    seen = said if isinstance(said, dict) else {}
-
-    def recorded(name: str) -> int | None:
-        value = seen.get(name)
-        return value if type(value) is int else None
-
-    ndc = seen.get("ndc")
-    seldom = {name: seen[name] for name, kind in SELDOM.items() if type(seen.get(name)) is kind}
-    scene = load_scene(
-        SceneSettings(
-            path=options.scene,
-            factor=options.factor or recorded("factor"),
-            holdout=options.holdout or recorded("holdout") or 8,
-            ndc=ndc if options.ndc is None and isinstance(ndc, bool) else options.ndc,
-            **seldom,
-        )
-    )
+    settings = settings_of(info, options.scene, options.factor, options.holdout, options.ndc)
+    scene = load_scene(settings)
     return model.to(device), scene, info
 
 
@@ -319,7 +300,7 @@ def _validate(scene: Any, model: Any, fraction: float) -> Any:
     return lambda small: rays.score(small).psnr
 
 
-def _check_output(path: Path) -> None:
+def check_output(path: Path) -> None:
     """Whether a file can be written, before the work whose result it is to hold.
 
     Raises:

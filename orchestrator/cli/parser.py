@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cli import analysis, models, remote, sweeps
+from orchestrator.cli import analysis, models, remote, sweeps, values
 from orchestrator.provenance import package_version
-from orchestrator.units import parse_bytes
 
-LARGEST = 2**31 - 1
 Command = Callable[[argparse.Namespace], int | None]
 
 
@@ -148,6 +146,15 @@ def _remote_commands(command: Callable[..., Any]) -> None:
 
 
 def _model_commands(command: Callable[..., Any]) -> None:
+    _evaluate_command(command)
+    _prune_command(command)
+    _view_command(command)
+    _render_command(command)
+    _export_command(command)
+    _fetch_command(command)
+
+
+def _evaluate_command(command: Callable[..., Any]) -> None:
     evaluate = command(
         "evaluate",
         models.evaluate,
@@ -156,10 +163,12 @@ def _model_commands(command: Callable[..., Any]) -> None:
     )
     _add_model(evaluate)
     evaluate.add_argument(
-        "--max-rays", type=_count, metavar="N", help="a seeded subset of N rays a view"
+        "--max-rays", type=values.count, metavar="N", help="a seeded subset of N rays a view"
     )
     evaluate.add_argument("--json", action="store_true", help="as JSON")
 
+
+def _prune_command(command: Callable[..., Any]) -> None:
     prune = command(
         "prune",
         models.prune,
@@ -169,10 +178,10 @@ def _model_commands(command: Callable[..., Any]) -> None:
     )
     _add_model(prune)
     target = prune.add_mutually_exclusive_group(required=True)
-    target.add_argument("--ratio", type=_ratio, help="fraction of channels to remove")
+    target.add_argument("--ratio", type=values.ratio, help="fraction of channels to remove")
     target.add_argument(
         "--size",
-        type=_size,
+        type=values.size,
         metavar="BYTES",
         help="the most that the model file may have, e.g. 500kB; without more said of the method, "
         "the best one known",
@@ -191,7 +200,7 @@ def _model_commands(command: Callable[..., Any]) -> None:
     )
     prune.add_argument(
         "--coarse-weight",
-        type=_coarse_weight,
+        type=values.coarse_weight,
         metavar="X",
         help="how much errors of the coarse network count, with --size; auto: chosen on "
         "validation rays (0.001)",
@@ -201,15 +210,21 @@ def _model_commands(command: Callable[..., Any]) -> None:
         help="how weights are stored: fp16, int8, auto, rate, … (fp32; rate with --size alone)",
     )
     prune.add_argument(
-        "--calibration-views", type=_count, metavar="N", help="training views (all of them)"
+        "--calibration-views", type=values.count, metavar="N", help="training views (all of them)"
     )
     prune.add_argument(
-        "--calibration-rays", type=_count, default=1024, metavar="N", help="rays a view (1024)"
+        "--calibration-rays",
+        type=values.count,
+        default=1024,
+        metavar="N",
+        help="rays a view (1024)",
     )
-    prune.add_argument("--seed", type=_seed, default=0, help="of the calibration set (0)")
+    prune.add_argument("--seed", type=values.seed, default=0, help="of the calibration set (0)")
     prune.add_argument("-o", "--output", type=Path, required=True, help="model file to write")
     prune.add_argument("--json", action="store_true", help="as JSON")
 
+
+def _view_command(command: Callable[..., Any]) -> None:
     view = command(
         "view",
         analysis.view,
@@ -218,8 +233,10 @@ def _model_commands(command: Callable[..., Any]) -> None:
     )
     view.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="models")
     _add_scene(view)
-    view.add_argument("--port", type=_count, default=8080, help="on 127.0.0.1 (8080)")
+    view.add_argument("--port", type=values.count, default=8080, help="on 127.0.0.1 (8080)")
 
+
+def _render_command(command: Callable[..., Any]) -> None:
     render = command(
         "render",
         models.render,
@@ -230,10 +247,14 @@ def _model_commands(command: Callable[..., Any]) -> None:
     what = render.add_mutually_exclusive_group(required=True)
     what.add_argument("--view", type=int, metavar="N", help="view of the scene")
     what.add_argument("--spiral", action="store_true", help="the scene's camera path, as a video")
-    render.add_argument("--frames", type=_count, metavar="N", help="frames of the video")
-    render.add_argument("--fps", type=_count, default=30, help="frames a second of the video (30)")
+    render.add_argument("--frames", type=values.count, metavar="N", help="frames of the video")
+    render.add_argument(
+        "--fps", type=values.count, default=30, help="frames a second of the video (30)"
+    )
     render.add_argument("-o", "--output", type=Path, required=True, help="file to write")
 
+
+def _export_command(command: Callable[..., Any]) -> None:
     export = command(
         "export",
         analysis.export,
@@ -262,6 +283,8 @@ def _model_commands(command: Callable[..., Any]) -> None:
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     export.add_argument("--json", action="store_true", help="as JSON")
 
+
+def _fetch_command(command: Callable[..., Any]) -> None:
     fetch = command(
         "fetch",
         models.fetch,
@@ -289,15 +312,15 @@ def _add_scene(parser: Any) -> None:
         "--scene", type=Path, required=True, metavar="DIR", help="LLFF or Blender scene"
     )
     parser.add_argument(
-        "--factor", type=_count, help="downsampling of the photos (that of the checkpoint)"
+        "--factor", type=values.count, help="downsampling of the photos (that of the checkpoint)"
     )
-    parser.add_argument("--holdout", type=_holdout, help="every n-th view is held out (8)")
+    parser.add_argument("--holdout", type=values.holdout, help="every n-th view is held out (8)")
     parser.add_argument(
         "--ndc", action=argparse.BooleanOptionalAction, default=None, help="NDC rays"
     )
     parser.add_argument(
         "--samples",
-        type=_count,
+        type=values.count,
         nargs=2,
         metavar=("COARSE", "FINE"),
         help="samples a ray (those of the checkpoint; 64 64 for a .tar)",
@@ -312,58 +335,3 @@ def _add_scene(parser: Any) -> None:
         choices=("auto", "eager", "compiled", "fused"),
         help="how networks are run; fused: bfloat16 kernels on a GPU (auto)",
     )
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-    return value
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _holdout(text: str) -> int:
-    return _whole(text, 2)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def _coarse_weight(text: str) -> float | str:
-    return text if text == "auto" else _positive(text)
-
-
-def _ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a fraction to remove: a number from 0 up to, but not, 1"
-        )
-    return value

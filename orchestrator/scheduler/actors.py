@@ -6,7 +6,6 @@ must outlive each node that is not its driver's own; so such actors are put besi
 
 import secrets
 import time
-from collections import OrderedDict
 from typing import Any
 
 import ray
@@ -19,7 +18,6 @@ from orchestrator.errors import ClusterError
 UNAVAILABLE_SECONDS = 60.0
 """How long a call is tried again while its actor cannot be reached; Ray finds out which it is."""
 RETRY_SECONDS = 0.5
-REMEMBERED = 1000
 HEAD = {"node:__internal_head__": 0.001}
 """What an actor asks for that is to live on the head: more than one driver needs it."""
 
@@ -29,27 +27,6 @@ def beside_driver(kind: type, *arguments: Any) -> ActorHandle:
     here = ray.get_runtime_context().get_node_id()
     where = NodeAffinitySchedulingStrategy(here, soft=False)
     return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=where).remote(*arguments)
-
-
-class Desk:
-    """Answers calls for an object, each once: one that is repeated gets the answer it got.
-
-    Args:
-        kind: class of the object.
-        arguments: of its constructor.
-    """
-
-    def __init__(self, kind: type, *arguments: Any) -> None:
-        self._object = kind(*arguments)
-        self._answers: OrderedDict[str, Any] = OrderedDict()
-
-    def do(self, call: str, method: str, *arguments: Any) -> Any:
-        """Call a method, unless this very call was answered already."""
-        if call not in self._answers:
-            self._answers[call] = getattr(self._object, method)(*arguments)
-            if len(self._answers) > REMEMBERED:
-                self._answers.popitem(last=False)
-        return self._answers[call]
 
 
 def ask(desk: ActorHandle, method: str, *arguments: Any) -> Any:

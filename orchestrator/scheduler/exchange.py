@@ -14,18 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from orchestrator.scheduler.actors import beside_driver
-
-
-class _Board:
-    def __init__(self) -> None:
-        self._references: dict[str, Any] = {}
-
-    def publish(self, key: str, tensors: Mapping[str, Any]) -> None:
-        if key not in self._references:
-            self._references[key] = ray.put(dict(tensors))
-
-    def find(self, key: str) -> list[Any]:
-        return [self._references[key]] if key in self._references else []
+from orchestrator.scheduler.desk import Board
 
 
 class Exchange:
@@ -35,7 +24,7 @@ class Exchange:
     """
 
     def __init__(self, board: ActorHandle | None = None) -> None:
-        self._board = board or beside_driver(_Board)
+        self._board = board or beside_driver(Board)
 
     def __reduce__(self) -> tuple[type["Exchange"], tuple[ActorHandle]]:
         return (Exchange, (self._board,))

@@ -16,9 +16,10 @@ from orchestrator.results import Failure, Provenance, Record
 from orchestrator.scheduler.cluster import capacity, connected, environment, requests
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
-from orchestrator.scheduler.queue import KIND, LANE, Item, Node, PlanQueue, item_of
+from orchestrator.scheduler.queue import KIND, LANE, Node, PlanQueue, item_of
 from orchestrator.scheduler.seeking import SearchFeed
 from orchestrator.scheduler.shares import Elsewhere, Shares
+from orchestrator.scheduler.table import Item
 from orchestrator.scheduler.worker import BenchMaker, StageTrainable
 from orchestrator.search.summary import is_finished
 from orchestrator.stages import Workbench

@@ -12,16 +12,16 @@ Why lanes: see docs/decisions/0002-lanes.md.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
 from orchestrator.plan import Calibration, Plan, Training, Trial
 from orchestrator.results import Failure
+from orchestrator.scheduler.table import Item, Loss, Work
 
 Node = Training | Calibration | Trial
-Item = tuple[str, str]  # kind and key: enough for a worker to find the node
 KIND = {Training: "train", Calibration: "calibrate", Trial: "prune"}
 LANE = "lane"
 # So many workers may die in a row before everything is given up.
@@ -33,25 +33,10 @@ def item_of(node: Node) -> Item:
     return KIND[type(node)], node.key
 
 
-@dataclass(frozen=True)
-class Loss:
-    """An item that must not be tried again.
-
-    Attributes:
-        item: which.
-        failure: why; None: it killed its worker too often.
-    """
-
-    item: Item
-    failure: Failure | None = None
-
-
 class Dispatch(Protocol):
     """Where lanes get their work, see `orchestrator.scheduler.dispatch`."""
 
-    def offer(
-        self, work: Iterable[tuple[str, Item]], nodes: Mapping[Item, Node] | None = None
-    ) -> None:
+    def offer(self, work: Iterable[Work], nodes: Mapping[Item, Node] | None = None) -> None:
         """Add items, each with the key of the model it works on, and nodes that workers lack."""
 
     def expect(self, more: bool) -> None:
@@ -192,7 +177,7 @@ class PlanQueue(Searcher):  # type: ignore[misc]  # Ray has no types
             self._running = self.running
             self._on_running(self._running)
 
-    def take_ready(self) -> list[tuple[str, Item]]:
+    def take_ready(self) -> list[Work]:
         """What needs nothing, each with the key of its model: for a dispatcher to start with."""
         ready = [(_model_of(node), item_of(node)) for node in self._to_offer]
         self._to_offer.clear()

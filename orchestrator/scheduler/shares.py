@@ -19,30 +19,12 @@ from orchestrator.errors import StoreError
 from orchestrator.log import logger
 from orchestrator.plan import Training
 from orchestrator.scheduler.actors import HEAD
+from orchestrator.scheduler.desk import Register
 from orchestrator.stages import lease_of_training
 from orchestrator.store import Store
 
 NAME, NAMESPACE = "prunefield-sweeps", "prunefield"
 ASK_SECONDS = 2.0
-SILENT_SECONDS = 15.0
-
-
-class Register:
-    """Which drivers are there, without Ray."""
-
-    def __init__(self) -> None:
-        self._heard: dict[str, float] = {}
-
-    def count(self, driver: str) -> int:
-        """A driver says that it is there, and learns how many there are."""
-        now = time.monotonic()
-        self._heard[driver] = now
-        self._heard = {d: t for d, t in self._heard.items() if now - t < SILENT_SECONDS}
-        return len(self._heard)
-
-    def leave(self, driver: str) -> None:
-        """A driver is done."""
-        self._heard.pop(driver, None)
 
 
 class Shares:

@@ -1,5 +1,6 @@
 """One actor that runs stages: Tune's trainable. It is reused, so what it loaded stays loaded."""
 
+import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
@@ -17,7 +18,8 @@ from orchestrator.results import Failure
 from orchestrator.scheduler.dispatch import Dispatcher
 from orchestrator.scheduler.exchange import Exchange
 from orchestrator.scheduler.limits import limited, reason
-from orchestrator.scheduler.queue import LANE, Item, Loss, Node, lost
+from orchestrator.scheduler.queue import LANE, Node, lost
+from orchestrator.scheduler.table import Item, Loss
 from orchestrator.spec import Sweep, relocated
 from orchestrator.stages import Stopwatch, Update, Workbench, failure_of
 from orchestrator.store import Store
@@ -147,10 +149,10 @@ class StageTrainable(tune.Trainable):  # type: ignore[misc]  # Ray has no types
             if order.item is None and not order.wait:
                 return {"ended": ended}
 
-    def _run(self, item: Item, given: Node | None) -> dict[str, Any]:
+    def _run(self, item: Item, pickled: bytes | None) -> dict[str, Any]:
         """One calibration, pruning or evaluation; once more if others had the GPU's memory."""
         watch = Stopwatch()
-        node = given or self._nodes[item]
+        node = self._nodes[item] if pickled is None else pickle.loads(pickled)
         try:
             try:
                 self._once(item, node, watch)

@@ -50,7 +50,6 @@ SPENT = "seconds"
 # bad ones are, it then forgets, and proposes them again.
 GP_TRIALS = 384
 ATTEMPTS = 3
-NUDGE = 0.05
 
 State = Literal["running", "done", "failed"]
 _STATES: Mapping[TrialState, State] = {

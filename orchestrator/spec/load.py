@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,20 +269,23 @@ def _across(data: dict[str, Any], prefix: str) -> list[Mistake]:
         found.append(Mistake(at("train.network.skip"), skip, message))
     grids = data.get("prune")
     for number, grid in enumerate(grids if isinstance(grids, list) else [grids]):
-        given = grid.get("schedules") if isinstance(grid, dict) else None
-        schedules = listed_schedules(given)
-        for place, schedule in enumerate(schedules if isinstance(schedules, list) else []):
-            if isinstance(schedule, list) and schedule and len(schedule) != depth:
-                where = f"prune[{number}]" if isinstance(grids, list) else "prune"
-                where += ".schedules" + (f"[{place}]" if schedules is given else "")
-                message = (
-                    f"{len(schedule)} ratios for {depth} hidden layers; give one ratio a layer"
-                )
-                found.append(Mistake(at(where), shown(schedule), message))
         if isinstance(grid, dict):
             where = at(f"prune[{number}]" if isinstance(grids, list) else "prune")
-            found += [Mistake(f"{where}.{key}", None, why) for key, why in combinations(grid)]
+            found += _of_grid(grid, where, depth)
     return found
+
+
+def _of_grid(grid: dict[str, Any], where: str, depth: int) -> Iterator[Mistake]:
+    """Mistakes of a grid for networks of so many hidden layers."""
+    given = grid.get("schedules")
+    schedules = listed_schedules(given)
+    for place, schedule in enumerate(schedules if isinstance(schedules, list) else []):
+        if isinstance(schedule, list) and schedule and len(schedule) != depth:
+            here = f"{where}.schedules" + (f"[{place}]" if schedules is given else "")
+            message = f"{len(schedule)} ratios for {depth} hidden layers; give one ratio a layer"
+            yield Mistake(here, shown(schedule), message)
+    for key, why in combinations(grid):
+        yield Mistake(f"{where}.{key}", None, why)
 
 
 def _search(parsed: SweepFile, prefix: str) -> list[Mistake]:

@@ -77,25 +77,34 @@ class ObjectBackend:
     def _s3(self) -> Any:
         return self._client(CONNECT_SECONDS, READ_SECONDS, ATTEMPTS)
 
-    def _client(self, connect: int, read: int, attempts: int) -> Any:
+    @cached_property
+    def _session(self) -> Any:
+        """What clients have in common: they know the service and the credentials through it."""
         try:
             import boto3  # noqa: PLC0415  an optional dependency
-            from botocore.config import Config  # noqa: PLC0415
         except ImportError as error:
             raise StoreError(
                 f"storage {self.where} needs the package boto3; install it: pip install "
                 "'prunefield[s3]'"
             ) from error
-        with _client_lock, self._speaking("reach"):  # sessions are not made by two threads at once
-            return boto3.session.Session().client(
-                "s3",
-                config=Config(
-                    connect_timeout=connect,
-                    read_timeout=read,
-                    retries={"total_max_attempts": attempts, "mode": "standard"},
-                    max_pool_connections=CONNECTIONS,
-                ),
-            )
+        with self._speaking("reach"):
+            return boto3.session.Session()
+
+    def _client(self, connect: int, read: int, attempts: int) -> Any:
+        with _client_lock:  # neither making a session nor using it is for two threads at once
+            session = self._session
+            from botocore.config import Config  # noqa: PLC0415  comes with it
+
+            with self._speaking("reach"):
+                return session.client(
+                    "s3",
+                    config=Config(
+                        connect_timeout=connect,
+                        read_timeout=read,
+                        retries={"total_max_attempts": attempts, "mode": "standard"},
+                        max_pool_connections=CONNECTIONS,
+                    ),
+                )
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:

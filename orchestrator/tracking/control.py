@@ -32,8 +32,8 @@ LOG = "log.txt"
 PERIOD = 5.0
 MAX_LOG = 10_000_000
 END_SECONDS = 30.0
-# So many periods without a sign of life: the driver is taken for dead.
 SILENT_SECONDS = 60.0
+"""After so long without a sign of life the driver is taken for dead."""
 
 
 @dataclass(frozen=True)

@@ -421,3 +421,35 @@ def test_a_bucket_that_answers_no_is_reached(
     store.reach()
     with pytest.raises(StoreError, match="NoSuchBucket"):
         store.prepare()
+
+
+def test_greeting_a_bucket_and_working_with_it_share_a_session(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session reads what S3 is, and asks for credentials: where there is a role, over the net."""
+    import boto3
+
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
+    make_bucket(endpoint, "one-session")
+    sessions: list[Any] = []
+    make = boto3.session.Session
+    monkeypatch.setattr(boto3.session, "Session", lambda: sessions.append(make()) or sessions[-1])
+    store = Store("s3://one-session/sweeps")
+    store.reach()
+    assert store.keys("trial") == set()
+    assert len(sessions) == 1
+
+
+def test_a_profile_that_does_not_exist_is_said(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
+    with pytest.raises(
+        StoreError, match=r"cannot reach the storage s3://a-bucket/sweeps: .*nobody"
+    ):
+        Store("s3://a-bucket/sweeps").reach()

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ import psutil
 import pytest
 import yaml
 
+from tests.services import environment_of
+
 SSHD = "/usr/sbin/sshd"
 TREE = Path(__file__).parents[2]
+END_SECONDS = 30.0
 
 
 def needed() -> None:
@@ -151,15 +155,20 @@ class Head:
         """Everything that belongs to this head's Ray."""
         found = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                where = process.environ().get("HOME"), *process.cmdline()
+            with suppress(psutil.Error, OSError):
+                # Ray's agents write their titles over what they were called with and some more.
+                home = environment_of(process).get("HOME")
+                where = (home, process.cwd(), *process.cmdline())
                 if any(str(self.folder) in str(part) for part in where):
                     found.append(process)
-        return found
+        return [process for process in found if process.pid != os.getpid()]
 
     def end(self) -> None:
         """Kill what this head started, and nothing else: `ray stop` would end every Ray here."""
-        for process in self.processes():
-            with suppress(psutil.Error):
-                if process.pid != os.getpid():
+        end = time.monotonic() + END_SECONDS
+        while left := self.processes():
+            assert time.monotonic() < end, left
+            for process in left:
+                with suppress(psutil.Error):
                     process.send_signal(signal.SIGKILL)
+            time.sleep(0.1)

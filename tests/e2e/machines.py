@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.services import free_port
+from tests.services import environment_of, free_port
 
 TREE = Path(__file__).parents[2]
 MARK = "PRUNEFIELD_TEST_MACHINE"
@@ -131,8 +131,8 @@ class Machines:
         """The processes of a machine, or of all."""
         found = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                mark = process.environ().get(MARK, "")
+            with suppress(psutil.Error, OSError):
+                mark = environment_of(process).get(MARK, "")
                 whole = mark.startswith(f"{self.folder}:") and process.status() != "zombie"
                 if whole and name in (None, mark.rpartition(":")[2]):
                     found.append(process)

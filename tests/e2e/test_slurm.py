@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import SWEEP
+from tests.services import environment_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -69,11 +71,9 @@ def sweep_file(tmp_path: Path, iterations: int) -> Path:
 def of_this_job(job: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get("SLURM_JOB_ID") == job:
+        with suppress(psutil.Error, OSError):
+            if environment_of(process).get("SLURM_JOB_ID") == job:
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
 
 

@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from nerf.checkpoints import load_model, save_model
 from nerf.field import FieldShape, NerfModel, SampleCounts
 from nerf.scenes import SceneSettings, load_scene
 from orchestrator.cli import main
-from orchestrator.cli.models import _open
+from orchestrator.cli.models import open_model
 from orchestrator.cli.parser import build_parser
-from orchestrator.stages import scene_info
+from orchestrator.scene_info import scene_info
 from pruning import CRITERIA
-from tests.unit.sweep_builder import HOLDOUT, mapping, sweep, text
+from tests.unit.sweep_builder import HOLDOUT, mapping, text
 
 COMMANDS = (
     "validate",
@@ -305,13 +304,13 @@ def test_a_scene_is_read_as_the_sweep_read_it(files: dict[str, Path], tmp_path: 
     model, _ = load_model(files["model"])
     scene = load_scene(SceneSettings(path=files["scene"], holdout=HOLDOUT))
     settings = SceneSettings(path=files["scene"], holdout=HOLDOUT, bd_factor=0.25)
-    said = scene_info(replace(sweep(), scene=settings), scene)
+    said = scene_info(settings, scene)
     assert said["bd_factor"] == 0.25
     assert "test_skip" not in said  # as always: nothing to say
     other = tmp_path / "other.safetensors"
     save_model(other, model, {"scene": said})
     command = ["render", str(other), "--scene", str(files["scene"]), "--view", "0", "-o", "x.png"]
-    _, found, _ = _open(build_parser().parse_args(command))
+    _, found, _ = open_model(build_parser().parse_args(command))
     assert found.fingerprint == load_scene(settings).fingerprint != scene.fingerprint
 
 

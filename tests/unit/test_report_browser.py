@@ -279,6 +279,40 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
     tab.context.close()
 
 
+COVERED = """() => {
+    const boxes = (what) => [...document.querySelectorAll("#front " + what)]
+        .map((node) => ({ box: node.getBoundingClientRect(), name: node.textContent }));
+    const dots = boxes(".dots path").map(({ box }) => box);
+    return boxes("text.name").map(({ box, name }) => [name, dots.filter((dot) =>
+        box.left < dot.right && dot.left < box.right  // above and below there is room for accents
+        && box.top + 3 < dot.bottom && dot.top < box.bottom - 4).length]);
+}"""
+
+
+def test_names_of_baselines_lie_over_no_dot_on_a_phone(chromium: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    dense = save(store, training_record())
+    trials = [save(store, trial_record(dense, 0.0, "magnitude", bits="int8"))]
+    size, seconds = dense.metrics["size_bytes"], dense.metrics["render_seconds"]
+    for number in range(40):  # smaller than the dense model and slower: none is on the front
+        trial = trial_record(dense, 0.5, seed=number)
+        near = {
+            "size_bytes": size * (0.8 + number / 200),
+            "render_seconds": seconds * (1.0 + number * 7 % 40 / 80),
+        }
+        trials.append(save(store, replace(trial, metrics={**trial.metrics, **near})))
+    data = ReportData("crowded", "ab12" * 4, (dense,), tuple(trials), store)
+    path = write_report(data, tmp_path / "out").html
+    tab = Opened(chromium, path, viewport={"width": 360, "height": 740})
+    tab.page.locator("#switches").get_by_label("mean of calibration seeds").uncheck()
+    tab.page.locator("#planes").get_by_role("button", name="render time").click()
+    assert tab.dots() == 40 + 1 + 2
+    names = dict(tab.page.evaluate(COVERED))
+    assert names["dense"] == 0
+    assert not any(names.values())
+    tab.context.close()
+
+
 def test_a_link_opens_its_model(chromium: Any, written: Path, data: ReportData) -> None:
     tab = Opened(chromium, written)
     tab.page.goto(f"{written.as_uri()}#model={data.done[4].key}")

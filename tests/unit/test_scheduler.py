@@ -1,5 +1,6 @@
 """What runs next, without a cluster: the queue that Tune asks and the table that lanes ask."""
 
+import pickle
 import random
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from orchestrator.errors import ClusterError
 from orchestrator.plan import Calibration, CalibrationSet, Plan, Training, Trial, TrialConfig
 from orchestrator.results import Failure
 from orchestrator.scheduler import cluster
-from orchestrator.scheduler.dispatch import Order, WorkTable
-from orchestrator.scheduler.queue import LANE, Item, Loss, Node, PlanQueue, item_of
+from orchestrator.scheduler.queue import LANE, Node, PlanQueue, item_of
+from orchestrator.scheduler.table import Item, Loss, Order, WorkTable
 from tests.unit.sweep_builder import sweep
 
 SWEEP = sweep()
@@ -808,14 +809,25 @@ def test_a_search_whose_model_fails_ends() -> None:
     assert bench.suggest() == Searcher.FINISHED
 
 
+def test_processes_beside_the_driver_do_without_what_workers_import() -> None:
+    code = (
+        "import sys, orchestrator.scheduler.desk, orchestrator.scheduler.table; "
+        "sys.exit(' '.join({'torch', 'pandas', 'mlflow', 'pydantic', 'ray.tune'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
 def test_lanes_wait_while_more_may_come_and_get_the_nodes_that_they_lack() -> None:
     table, node = WorkTable(retries=1), trial("f1", "a")
     assert not table.next("l1", None).wait
     table.expect(True)
     assert table.next("l1", None) == Order(None, wait=True)
-    table.offer([("a", item_of(node))], {item_of(node): node})
-    assert table.next("l1", None).node == node
-    assert table.resume("l1").node == node  # its worker died once
+    table.offer([("a", item_of(node))], {item_of(node): pickle.dumps(node)})
+    order = table.next("l1", None)
+    assert order.node is not None
+    assert pickle.loads(order.node) == node
+    assert table.resume("l1").node == order.node  # its worker died once
     table.next("l1", None)
     table.expect(False)
     assert not table.next("l1", None).wait

@@ -8,9 +8,9 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from orchestrator.errors import ClusterError
-from orchestrator.scheduler import actors, cluster, shares
-from orchestrator.scheduler.dispatch import WorkTable
+from orchestrator.scheduler import actors, cluster, desk, shares
 from orchestrator.scheduler.queue import LANE
+from orchestrator.scheduler.table import WorkTable
 from orchestrator.spec import Resources, StageResources
 from orchestrator.store import Lease, Store
 from tests.unit.test_scheduler import Bench, plan, training, trial
@@ -87,12 +87,12 @@ def test_two_gpus_for_a_training_need_a_node_that_has_two(play) -> None:
 
 def test_the_register_counts_who_was_heard_lately(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(shares.time, "monotonic", lambda: now)
-    register = shares.Register()
+    monkeypatch.setattr(desk.time, "monotonic", lambda: now)
+    register = desk.Register()
     assert [register.count("a"), register.count("b"), register.count("a")] == [1, 2, 2]
-    now += shares.SILENT_SECONDS / 2
+    now += desk.SILENT_SECONDS / 2
     register.count("a")
-    now += shares.SILENT_SECONDS / 2
+    now += desk.SILENT_SECONDS / 2
     assert register.count("a") == 1  # b died without a word
     register.count("c")
     register.leave("c")
@@ -214,7 +214,7 @@ class Connection:
     """Plays the handle of a desk whose answers may be lost on their way."""
 
     def __init__(self, *faults: Exception | None) -> None:
-        self.desk = actors.Desk(Counter)
+        self.desk = desk.Desk(Counter)
         self.faults = list(faults)
         self.do = SimpleNamespace(remote=self.call)
 
@@ -238,8 +238,8 @@ def wired(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("wired")
 def test_a_call_whose_answer_was_lost_is_repeated_and_done_once() -> None:
     gone = ActorUnavailableError("connection lost", None)
-    desk: Any = Connection(None, gone, gone, None)
-    assert [actors.ask(desk, "next", 2) for _ in range(3)] == [2, 4, 6]
+    wired: Any = Connection(None, gone, gone, None)
+    assert [actors.ask(wired, "next", 2) for _ in range(3)] == [2, 4, 6]
 
 
 @pytest.mark.usefixtures("wired")

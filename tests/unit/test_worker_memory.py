@@ -1,5 +1,6 @@
 """A worker that shares its GPU: a stage that finds no memory is tried once more, then fails."""
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_a_stage_without_memory_is_tried_once_more(
     monkeypatch.setattr(worker.time, "sleep", slept.append)
     made, asked = worker_whose_memory_is_taken(times)
     node: Any = SimpleNamespace(key="t0")
-    ended = made._run(("trial", "t0"), node)
+    ended = made._run(("trial", "t0"), pickle.dumps(node))
     assert asked == ["t0"] * min(times + 1, 2)
     assert slept == [worker.MEMORY_WAIT] * (times > 0)
     if times < 2:

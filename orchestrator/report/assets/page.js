@@ -270,7 +270,7 @@
         "stroke-width": 1.2, "data-id": p.model.id }));
     }
     box.svg.append(g);
-    nameBaselines(box, others, ghosts, best, x, y);
+    nameBaselines(box, others, ghosts, [...dots, ...best], x, y);
     shown = [...dots, ...others, ...ghosts].map((p) => ({ ...p, px: x(p.x), py: y(p.y) }));
     const chosen = shown.find((p) => p.members.some((m) => m.id === state.chosen));
     if (chosen) {
@@ -287,9 +287,13 @@
       if (near && near.model) choose(near.model.id, true);
     });
   }
-  function nameBaselines(box, others, ghosts, front, x, y) {
-    const mark = (p) => [x(p.x) - 6, y(p.y) - 7, 12];
-    const taken = [...others, ...front].map(mark);
+  // Where a name may stand beside its mark, the best place first; without a free one it is left out.
+  const PLACES = [[10, -8, "start"], [-10, -8, "end"], [10, 17, "start"], [-10, 17, "end"], [0, -18, "middle"],
+    [0, 28, "middle"], [14, 4, "start"], [-14, 4, "end"], [0, -32, "middle"], [0, 42, "middle"],
+    [12, -22, "start"], [-12, -22, "end"], [12, 31, "start"], [-12, 31, "end"]];
+  function nameBaselines(box, others, ghosts, trials, x, y) {
+    const mark = (p) => [x(p.x) - 7, y(p.y) - 7, 14];
+    const taken = [...others, ...trials].map(mark);
     const wanted = [...others.map((p) => [p, p.model.role]), ...ghosts.map((p) => [p, p.published.name])];
     const named = new Set();
     let own = true; // the sweep's own names come first, published marks give way to them
@@ -301,8 +305,7 @@
       const name = h("text", { class: "name", "fill-opacity": p.published ? 0.7 : 1 }, text);
       box.svg.append(name);
       const w = name.getComputedTextLength();
-      for (const [dx, dy, anchor] of [[10, -8, "start"], [-10, -8, "end"], [10, 17, "start"], [-10, 17, "end"],
-        [0, -18, "middle"], [0, 28, "middle"]]) {
+      for (const [dx, dy, anchor] of PLACES) {
         const left = x(p.x) + dx - (anchor === "end" ? w : anchor === "middle" ? w / 2 : 0), top = y(p.y) + dy - 11;
         const free = left > box.left && left + w < box.right + 12 && top > box.top - 20 && top + 14 < box.bottom
           && !taken.some((t) => left < t[0] + t[2] && t[0] < left + w && Math.abs(t[1] - top) < 14);
