@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -610,6 +612,25 @@ def test_an_interruption_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("orchestrator.cli.sweeps.load", interrupted)
     refused(run("validate", "x.yaml"), "interrupted", status=130)
+
+
+class Interrupted:
+    """Ctrl-C while the parser, and PyTorch with it, is imported."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "orchestrator.cli.parser":
+            raise KeyboardInterrupt
+
+
+def test_nor_is_one_while_the_program_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "orchestrator.cli.parser")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    refused(run("validate", "x.yaml"), "interrupted", status=130)
+
+
+def test_what_takes_seconds_to_import_is_imported_where_ctrl_c_is_awaited() -> None:
+    slow = "import orchestrator.cli, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", slow], check=True)
 
 
 def test_networks_of_different_depths_are_pruned_one_at_a_time(
