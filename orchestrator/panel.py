@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.units import counted
+
 SHOWN_POINTS = 5
 
 State = Mapping[str, Any]
@@ -74,7 +76,7 @@ def line(state: State) -> str:
     if front := state["front"]:
         best = front[-1]
         parts.append(
-            f"front: {len(front)} points, best "
+            f"front: {counted(len(front), 'point')}, best "
             f"{best['psnr']:.2f} dB at {best['size_bytes'] / 1e3:,.0f} kB"
             + (" (validation rays)" if state.get("front_rays") == "validation" else "")
         )

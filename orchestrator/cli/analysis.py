@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, SweepError
-from orchestrator.units import parse_bytes, show_bytes
+from orchestrator.units import parse_bytes, show_bytes, typed
 
 SWEEP_FILES = (".yaml", ".yml")
 
@@ -56,7 +57,9 @@ def add_rule(parser: Any) -> None:
     """Which model is asked for; the knee of the front by default."""
     rule = parser.add_mutually_exclusive_group()
     rule.add_argument("--max-size", type=_size, metavar="BYTES", help="the best of at most this")
-    rule.add_argument("--min-psnr", type=float, metavar="DB", help="the smallest of at least this")
+    rule.add_argument(
+        "--min-psnr", type=_finite, metavar="DB", help="the smallest of at least this"
+    )
     parser.add_argument(
         "--by",
         choices=("validation", "held-out"),
@@ -228,7 +231,7 @@ def _side(text: str) -> tuple[Any, Any, Any]:
     if len(found) != 1:
         raise SweepError(
             f"{len(found) or 'no'} result{'s' * (len(found) != 1)} of the sweep {data.name} "
-            f"begin with {wanted!r}; `prunefield front {path}` lists the ids"
+            f"begin with {wanted!r}; `prunefield front {typed(path)}` lists the ids"
         )
     return data, sweep, found[0]
 
@@ -238,3 +241,13 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value

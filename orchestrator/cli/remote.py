@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.spec import Sweep, cluster_part, load, load_cluster
-from orchestrator.units import counted
+from orchestrator.units import counted, typed
 
 if TYPE_CHECKING:
     from orchestrator.scheduler.jobs import Jobs
@@ -36,7 +36,7 @@ def submit(options: argparse.Namespace) -> int:
             f"{options.file} does not say where Ray runs: give the address of a cluster (--address "
             "http://HEAD:8265) or a Ray cluster file (--cluster FILE), put the sweep under "
             "`metadata.sweep` of such a file as sweeps/fern.yaml does, or run it here: "
-            f"prunefield run {options.file}"
+            f"prunefield run {typed(options.file)}"
         )
     return launch(sweep, config, options.detach)
 
@@ -65,10 +65,10 @@ def submit_to(
     jobs = Jobs(address)
     job = jobs.submit(make_bundle(sweep, folder / "bundle"), python)
     print(f"job {job} on {address}", flush=True)
+    file = typed(sweep.source)
     look = (
-        f"look again: prunefield status {sweep.source} | logs {sweep.source} --follow | "
-        f"stop {sweep.source}, with --job {job} --address {address} where its tracking server "
-        "cannot be reached"
+        f"look again: prunefield status {file} | logs {file} --follow | stop {file}, "
+        f"with --job {job} --address {address} where its tracking server cannot be reached"
     )
     if detach:
         print(look)

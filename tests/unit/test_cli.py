@@ -24,6 +24,7 @@ from nerf.scenes import SceneSettings, load_scene
 from orchestrator.cli import main
 from orchestrator.cli.models import _open
 from orchestrator.cli.parser import build_parser
+from orchestrator.scheduler.cluster import AUTO_GPUS
 from orchestrator.stages import scene_info
 from pruning import CRITERIA
 from tests.unit.sweep_builder import HOLDOUT, mapping, sweep, text
@@ -215,6 +216,30 @@ def test_plan_runs_and_writes_nothing(run: Run, sweep_file: Callable[..., Path])
     assert status == 0
     assert "trainings" in out
     assert [p.name for p in path.parent.iterdir()] == ["tiny.yaml"]
+
+
+def test_plan_says_what_each_worker_takes(run: Run, sweep_file: Callable[..., Path]) -> None:
+    _, out, _ = run("plan", sweep_file(resources={"train": {"cpus": 1, "gpus": 2}}))
+    assert "each training: 1 CPU, 2 GPUs\n" in out
+    assert "each pruning: 1 CPU, a quarter of a GPU where there is one\n" in out
+    assert AUTO_GPUS == {"train": 1.0, "prune": 0.25}
+
+
+def test_a_scene_that_is_nowhere_is_told_with_the_places(
+    run: Run, sweep_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNEFIELD_DATA", "/my/data")
+    path = sweep_file(scene={"path": "no/fern"})
+    here = Path.cwd()
+    places = f"no/fern in {here}, {here / 'data'}, /my/data, {path.parent}; set scene.path"
+    refused(run("plan", path), places, "COLMAP")
+
+
+def test_commands_that_are_shown_can_be_typed(
+    run: Run, sweep_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = sweep_file().rename(tmp_path / "my sweep.yaml")
+    refused(run("front", path), f"prunefield run '{path}'")
 
 
 def test_plan_names_the_controls(run: Run, sweep_file: Callable[..., Path]) -> None:
@@ -536,6 +561,10 @@ RENDER = ("render", "MODEL", "--scene", "SCENE", "-o", "OUT")
         ((*PRUNE, "0.5", "--calibration-rays", "0"), 2, "--calibration-rays"),
         (RENDER, 2, "--view"),
         ((*RENDER, "--view", "0", "--spiral"), 2, "not allowed with"),
+        (("render", *RENDER[1:4], "--view", "0", "-o", "x.mp4"), 1, "is a .png file"),
+        (("render", *RENDER[1:4], "--spiral", "-o", "x.png"), 1, "is a .mp4 file"),
+        (("prune", *PRUNE[1:4], "--ratio", "0.5", "-o", "x.tar"), 1, "is a .safetensors file"),
+        (("pick", "x.yaml", "--min-psnr", "nan"), 2, "'nan' is not a number"),
         ((*RENDER, "--view", "20"), 1, "views 0 to 19"),
         ((*RENDER, "--view", "-1"), 1, "views 0 to 19"),
         ((*RENDER, "--spiral", "--frames", "0"), 2, "--frames"),
@@ -556,7 +585,7 @@ def test_bad_options_are_refused(
     places = {
         "MODEL": files["model"],
         "SCENE": files["scene"],
-        "OUT": tmp_path / "out.file",
+        "OUT": tmp_path / "out",
         "EMPTY": tmp_path / "empty",
     }
     refused(run(*(places.get(a, a) for a in arguments)), said, status=status)
@@ -588,7 +617,7 @@ def test_an_output_that_cannot_be_written(
 def test_what_was_there_stays_when_writing_fails(
     run: Run, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = tmp_path / "small.safetensors"
+    small = tmp_path / "before"  # without an ending, as both commands may write it
     small.write_text("before")
 
     def full(*_: object) -> None:

@@ -123,6 +123,13 @@ def test_a_thinned_front_keeps_its_order_and_its_end(points: int, most: int) -> 
     assert not points or shown[-1] == points - 1
 
 
+def test_one_point_is_one_point() -> None:
+    show = Progress(Console(file=io.StringIO()))
+    show.started(2)
+    show.ended(training_record())
+    assert "front: 1 point, best" in line(show.state())
+
+
 def test_without_a_terminal_there_are_few_plain_lines() -> None:
     out = io.StringIO()
     run(Progress(Console(file=out, width=200)))
