@@ -153,7 +153,8 @@ def _say(found: "SweepState") -> None:
         since = seconds_since(found.progress["at"])
         ago = f", {clock(since)} ago" if since and found.status == "RUNNING" else ""
         print(f"  as of {found.progress['at']}{ago}:")
-        Console().print(panel(found.progress))
+        ended = {} if found.status == "RUNNING" else {"running": 0}  # it was cut short
+        Console().print(panel({**found.progress, **ended}))
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -208,6 +209,7 @@ def _jobs(options: argparse.Namespace) -> "Jobs":
 
 def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
     """Find a sweep, given by its file or by its name."""
+    from orchestrator.cli.sweeps import check_begun
     from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
     from orchestrator.tracking import tracking_uri
@@ -217,10 +219,9 @@ def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
     given = options.tracking or None
     if path.is_file():
         sweep, store = open_sweep(path)
-        remote = Remote(
-            given or tracking_uri(sweep.tracking.uri, store),
-            options.experiment or sweep.tracking.experiment,
-        )
+        uri = given or tracking_uri(sweep.tracking.uri, store)
+        check_begun(sweep, uri, path)
+        remote = Remote(uri, options.experiment or sweep.tracking.experiment)
         return remote, remote.state(None, sweep.hash)
     given = given or os.environ.get("MLFLOW_TRACKING_URI")
     if not given:

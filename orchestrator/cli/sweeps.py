@@ -2,9 +2,10 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from orchestrator.provenance import bundle_info
-from orchestrator.spec import load
+from orchestrator.spec import Sweep, load
 from orchestrator.units import counted, typed
 
 MANY = 40
@@ -106,19 +107,12 @@ def front(options: argparse.Namespace) -> int:
 
 def ui(options: argparse.Namespace) -> int:
     """Serve the MLflow UI until interrupted."""
-    from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
     from orchestrator.tracking import links, serve, tracking_uri
-    from orchestrator.tracking.names import sqlite_path
 
     sweep, store = open_sweep(options.sweep)
     uri = tracking_uri(sweep.tracking.uri, store)
-    database = sqlite_path(uri)
-    if database is not None and not database.is_file():
-        raise SweepError(
-            f"sweep {sweep.name!r} has no tracking store at {database} yet; "
-            f"run it first: prunefield run {typed(options.sweep)}"
-        )
+    check_begun(sweep, uri, options.sweep)
     with serve(uri, options.port) as (address, process):
         found = links(address, uri, sweep.tracking.experiment, sweep.hash)
         print(f"MLflow UI: {address}")
@@ -136,3 +130,26 @@ def ui(options: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 print()
     return 0
+
+
+def check_begun(sweep: Sweep, uri: str, path: Path) -> None:
+    """Whether there is a tracking store to look into: looking must not make one.
+
+    Args:
+        sweep: the sweep.
+        uri: its tracking store.
+        path: its file, as it was given.
+
+    Raises:
+        SweepError: the file of runs is not there.
+    """
+    from orchestrator.errors import SweepError
+    from orchestrator.tracking.names import sqlite_path
+
+    database = sqlite_path(uri)
+    if database is not None and not database.is_file():
+        raise SweepError(
+            f"sweep {sweep.name!r} has no tracking store at {database} yet; "
+            f"run it first: prunefield run {typed(path)}; if it runs elsewhere, set "
+            "`tracking.uri` in its file to a server that both sides reach"
+        )

@@ -312,7 +312,9 @@ def test_status_shows_what_the_terminal_shows_while_the_sweep_runs(
         for words in ("RUNNING", "8/30", "4 running", "front so far", "activation both 30%"):
             assert words in text
     assert main([*ask, "--follow"]) == 0  # it has ended: nothing to wait for
-    assert "FINISHED" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FINISHED" in text
+    assert "running" not in text
 
 
 def test_a_tag_holds_a_front_of_any_length() -> None:
