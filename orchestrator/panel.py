@@ -26,23 +26,26 @@ def panel(state: State) -> Group:
     head.add_row(
         Text(f"{done}/{total} done", style="bold"),
         ProgressBar(total=max(total, 1), completed=done, width=30),
-        _pace(state),
         Text(f"{state['running']} running") if state["running"] else "",
         Text(f"{failed} failed", style="red") if failed else "",
     )
     rows: list[Any] = [
         Text.assemble((state["stage"], "bold cyan"), ("  " + gpus(state["gpus"]), "dim")),
         head,
+        _pace(state),  # lines of their own: beside bars they are too long for 80 columns
     ]
     for key, report in state["trainings"].items():
         row = Table.grid(padding=(0, 1))
         row.add_row(
             f"training {key[:8]}",
             ProgressBar(total=report["iterations"], completed=report["iteration"], width=30),
-            f"{report['iteration']:,}/{report['iterations']:,}  {report['rate']:.0f} it/s  "
-            f"loss {report['loss']:.4f}  {report['train_psnr']:.2f} dB  {_training_left(report)}",
+            f"{report['iteration']:,}/{report['iterations']:,}",
         )
         rows.append(row)
+        rows.append(
+            f"  {report['rate']:.0f} it/s  loss {report['loss']:.4f}  "
+            f"{report['train_psnr']:.2f} dB  {_training_left(report)}"
+        )
     if best := thinned(state["front"]):
         rays = " on validation rays" if state.get("front_rays") == "validation" else ""
         title = "front" if state["stage"] == "finished" else "front so far"
