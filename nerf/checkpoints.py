@@ -96,7 +96,15 @@ def load_model(path: Path, samples: SampleCounts | None = None) -> tuple[NerfMod
         raise CheckpointError(f"no such checkpoint: {path}")
     if path.suffix in (".tar", ".pt", ".pth"):
         return interchange.import_tar(path, samples or SampleCounts())
-    tensors, metadata = read_tensors(path)
+    try:
+        tensors, metadata = read_tensors(path)
+    except CheckpointError as error:
+        if path.suffix == ".safetensors":
+            raise
+        raise CheckpointError(
+            f"{error} — models are read from prunefield's .safetensors and nerf-pytorch's .tar, "
+            ".pt and .pth"
+        ) from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise CheckpointError(
             f"{path} holds {metadata.get('format')!r} version {metadata.get('version')!r}; "

@@ -52,8 +52,8 @@ def import_tar(path: Path, samples: SampleCounts) -> tuple[NerfModel, dict[str, 
         ) from error
     except Exception as error:  # whatever a damaged pickle leads its reader into
         raise CheckpointError(
-            f"{path} is not a readable PyTorch checkpoint ({error}); it may be truncated: "
-            "copy it again"
+            f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: {error}); it "
+            "may be truncated or of another program: copy it again"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("network_fn_state_dict"), dict):
         raise CheckpointError(

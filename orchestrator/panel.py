@@ -12,6 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.units import counted
+
 SHOWN_POINTS = 5
 
 State = Mapping[str, Any]
@@ -24,23 +26,26 @@ def panel(state: State) -> Group:
     head.add_row(
         Text(f"{done}/{total} done", style="bold"),
         ProgressBar(total=max(total, 1), completed=done, width=30),
-        _pace(state),
         Text(f"{state['running']} running") if state["running"] else "",
         Text(f"{failed} failed", style="red") if failed else "",
     )
     rows: list[Any] = [
         Text.assemble((state["stage"], "bold cyan"), ("  " + gpus(state["gpus"]), "dim")),
         head,
+        _pace(state),  # lines of their own: beside bars they are too long for 80 columns
     ]
     for key, report in state["trainings"].items():
         row = Table.grid(padding=(0, 1))
         row.add_row(
             f"training {key[:8]}",
             ProgressBar(total=report["iterations"], completed=report["iteration"], width=30),
-            f"{report['iteration']:,}/{report['iterations']:,}  {report['rate']:.0f} it/s  "
-            f"loss {report['loss']:.4f}  {report['train_psnr']:.2f} dB  {_training_left(report)}",
+            f"{report['iteration']:,}/{report['iterations']:,}",
         )
         rows.append(row)
+        rows.append(
+            f"  {report['rate']:.0f} it/s  loss {report['loss']:.4f}  "
+            f"{report['train_psnr']:.2f} dB  {_training_left(report)}"
+        )
     if best := thinned(state["front"]):
         rays = " on validation rays" if state.get("front_rays") == "validation" else ""
         title = "front" if state["stage"] == "finished" else "front so far"
@@ -74,7 +79,7 @@ def line(state: State) -> str:
     if front := state["front"]:
         best = front[-1]
         parts.append(
-            f"front: {len(front)} points, best "
+            f"front: {counted(len(front), 'point')}, best "
             f"{best['psnr']:.2f} dB at {best['size_bytes'] / 1e3:,.0f} kB"
             + (" (validation rays)" if state.get("front_rays") == "validation" else "")
         )

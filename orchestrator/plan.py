@@ -20,7 +20,7 @@ from orchestrator.errors import Mistake, SpecError
 from orchestrator.keys import content_key
 from orchestrator.modelfile import RATE, looks_at_samples, networks_for
 from orchestrator.results import method_of
-from orchestrator.spec import PruneGrid, Sweep, place_of
+from orchestrator.spec import PruneGrid, Sweep, check_scene_folder, place_of
 from orchestrator.spec.recover import ControlName, Recover
 from orchestrator.spec.sweep import (
     LATER_OF_TRAINING,
@@ -446,6 +446,7 @@ def make_plan(sweep: Sweep, store: Store) -> Plan:
         SceneError: the scene is missing or inconsistent.
         SpecError: the sweep asks for more calibration views than the scene has.
     """
+    check_scene_folder(sweep)
     fingerprint = scene_fingerprint(sweep.scene)
     view_count = training_view_count(sweep.scene)
     _check_views(sweep, view_count)

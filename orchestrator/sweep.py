@@ -25,6 +25,7 @@ from orchestrator.store import Held, Store
 from orchestrator.tracking import SweepInfo, TrackingLogger
 from orchestrator.tracking.listener import TrackingListener
 from orchestrator.tracking.names import lease_of
+from orchestrator.units import typed
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def results_of(path: Path | str) -> tuple[Results, Store]:
     if not results.trials and not results.trainings:
         raise SweepError(
             f"sweep {sweep.name!r} has no results in {store.address} yet; "
-            f"run it first: prunefield run {path}"
+            f"run it first: prunefield run {typed(path)}"
         )
     return results, store
 

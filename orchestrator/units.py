@@ -1,6 +1,8 @@
 """Sizes and times as people write them."""
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
@@ -34,6 +36,11 @@ def show_bytes(n_bytes: int) -> str:
 def counted(number: int, what: str) -> str:
     """A number of things, e.g. ``1 trial``, ``1,200 trials``; ``what`` is one of them."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def typed(path: Path | str) -> str:
+    """A path as it is typed into a shell, with quotes where it needs them."""
+    return shlex.quote(str(path))
 
 
 SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}

@@ -64,12 +64,17 @@ def check_ratio(ratio: object, what: str = "a sparsity ratio") -> float:
     return float(ratio)
 
 
-def check_ratios(ratios: Sequence[object], n_layers: int) -> tuple[float, ...]:
+def check_ratios(ratios: Sequence[object] | float, n_layers: int) -> tuple[float, ...]:
     """The ratios, if there is one in [0, 1) for each layer.
 
     Raises:
         RatioError: one is not, or their number is wrong.
     """
+    if isinstance(ratios, int | float):
+        raise RatioError(
+            f"there are {n_layers} prunable layers and {ratios!r} for all of them; give one ratio "
+            f'a layer, such as allocate("uniform", {n_layers}, {ratios!r})'
+        )
     if isinstance(ratios, str) or len(ratios) != n_layers:
         raise RatioError(
             f"there are {n_layers} prunable layers and {len(ratios)} ratios: {list(ratios)}; "

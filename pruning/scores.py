@@ -310,24 +310,31 @@ CRITERIA: dict[str, Criterion] = {
 """The criteria by the name that a sweep file uses."""
 
 
-def moments_for(criteria: Iterable[str], compensations: Iterable[str] = ()) -> tuple[str, ...]:
+def moments_for(
+    criteria: str | Iterable[str], compensations: str | Iterable[str] = ()
+) -> tuple[str, ...]:
     """The moments that a calibration pass must collect to serve these criteria and compensations.
 
+    A lone name stands for itself, not for its letters.
     Those that need gradients come from `collect_gradients` and are not among them.
     """
-    needed = {m for name in criteria for m in lookup(CRITERIA, name, "criterion").moments}
-    for name in compensations:
+    needed = {m for name in _each(criteria) for m in lookup(CRITERIA, name, "criterion").moments}
+    for name in _each(compensations):
         needed |= set(lookup(COMPENSATIONS, name, "compensation").moments)
     return tuple(sorted(needed))
 
 
-def gradients_for(criteria: Iterable[str]) -> tuple[str, ...]:
+def gradients_for(criteria: str | Iterable[str]) -> tuple[str, ...]:
     """The moments that these criteria read and only `collect_gradients` collects."""
-    found = {m for name in criteria for m in lookup(CRITERIA, name, "criterion").gradients}
+    found = {m for name in _each(criteria) for m in lookup(CRITERIA, name, "criterion").gradients}
     return tuple(sorted(found))
 
 
-def needs_gradients(criteria: Iterable[str]) -> bool:
+def _each(names: str | Iterable[str]) -> Iterable[str]:
+    return (names,) if isinstance(names, str) else names
+
+
+def needs_gradients(criteria: str | Iterable[str]) -> bool:
     """Whether one of these criteria reads what only `collect_gradients` collects."""
     return bool(gradients_for(criteria))
 

@@ -223,7 +223,7 @@ def _find_files(settings: SceneSettings) -> _Files:
         source, shrink = originals, factor
         _log.warning(
             "%s is missing: the photos in %s are averaged over boxes of %d×%d pixels instead, "
-            "which differs slightly from the authors' files",
+            "which differs slightly from what the authors of a public scene give out",
             ready,
             originals,
             factor,

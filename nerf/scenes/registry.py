@@ -47,7 +47,7 @@ def _format_of(settings: SceneSettings) -> SceneFormat:
         hallmarks = ", ".join(f"{f.hallmark} ({f.name})" for f in SCENE_FORMATS.values())
         raise SceneError(
             f"{folder} holds no scene that prunefield knows: none of {hallmarks} is in it; "
-            "point scene.path at the folder that holds one of them"
+            "give the folder that holds one of them"
         )
     if settings.format not in SCENE_FORMATS:
         allowed = [AUTO, *SCENE_FORMATS]

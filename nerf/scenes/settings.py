@@ -61,12 +61,12 @@ class SceneSettings:
         if self.path is None:
             raise SceneError(
                 f"no scene folder was given for format {self.format!r}; set scene.path to the "
-                "folder of an LLFF or Blender scene (`prunefield fetch fern` downloads one)"
+                "folder of an LLFF, COLMAP or Blender scene (`prunefield fetch fern` downloads one)"
             )
         if not self.path.is_dir():
             what = "is a file" if self.path.exists() else "does not exist"
             raise SceneError(
-                f"scene folder {self.path} {what}; scene.path must name the folder of an LLFF or "
-                "Blender scene (`prunefield fetch fern` downloads one)"
+                f"scene folder {self.path} {what}; give the folder of an LLFF, COLMAP or Blender "
+                "scene (`prunefield fetch fern` downloads one)"
             )
         return self.path

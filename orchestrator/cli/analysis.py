@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.cli import values
 from orchestrator.errors import OrchestratorError, SweepError
-from orchestrator.units import show_bytes
+from orchestrator.units import show_bytes, typed
 
 SWEEP_FILES = (".yaml", ".yml")
 
@@ -59,7 +59,9 @@ def add_rule(parser: Any) -> None:
     rule.add_argument(
         "--max-size", type=values.size, metavar="BYTES", help="the best of at most this"
     )
-    rule.add_argument("--min-psnr", type=float, metavar="DB", help="the smallest of at least this")
+    rule.add_argument(
+        "--min-psnr", type=values.finite, metavar="DB", help="the smallest of at least this"
+    )
     parser.add_argument(
         "--by",
         choices=("validation", "held-out"),
@@ -231,6 +233,6 @@ def _side(text: str) -> tuple[Any, Any, Any]:
     if len(found) != 1:
         raise SweepError(
             f"{len(found) or 'no'} result{'s' * (len(found) != 1)} of the sweep {data.name} "
-            f"begin with {wanted!r}; `prunefield front {path}` lists the ids"
+            f"begin with {wanted!r}; `prunefield front {typed(path)}` lists the ids"
         )
     return data, sweep, found[0]

@@ -4,9 +4,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from orchestrator.cli.parser import build_parser
-from orchestrator.errors import PrunefieldError, SpecError
-from orchestrator.log import configure
 from orchestrator.signals import take_term_as_ctrl_c
 
 EXIT_FAILED = 1
@@ -24,6 +21,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 something went wrong, 2 mistakes in what was given,
         130 interrupted.
     """
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return _complain(
+            "interrupted; what was finished is kept, running again goes on from there",
+            EXIT_INTERRUPTED,
+        )
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    # Here, since they take seconds, in which Ctrl-C is pressed too.
+    from orchestrator.cli.parser import build_parser
+    from orchestrator.errors import PrunefieldError, SpecError
+    from orchestrator.log import configure
+
     options = build_parser().parse_args(arguments)
     configure(options.verbose)
     take_term_as_ctrl_c()  # servers are stopped, runs are ended, training states are saved
@@ -33,11 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), EXIT_BAD_INPUT)
     except PrunefieldError as error:
         return _complain(str(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        return _complain(
-            "interrupted; what was finished is kept, running again goes on from there",
-            EXIT_INTERRUPTED,
-        )
     except BrokenPipeError:
         # Whoever read our output has gone (``prunefield … | head``): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

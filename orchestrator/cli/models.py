@@ -64,7 +64,7 @@ def prune(options: argparse.Namespace) -> int:
 
     model, scene, info = open_model(options)
     config = _pruning(options, model.fine.shape.parameters())
-    check_output(options.output)
+    check_output(options.output, ".safetensors")  # `load_model` goes by a file's name
     material = Material()
     if options.size is None:
         depth = _depth(model, config.networks, options)
@@ -228,7 +228,7 @@ def render(options: argparse.Namespace) -> int:
         raise OrchestratorError(
             f"--view {options.view}: the scene has views 0 to {len(scene.poses) - 1}"
         )
-    check_output(options.output)
+    check_output(options.output, ".mp4" if options.spiral else ".png")
     renderer = Renderer(model, settings, options.precision, options.backend)
     pictures = []
     for number, pose in enumerate(poses, 1):
@@ -300,12 +300,20 @@ def _validate(scene: Any, model: Any, fraction: float) -> Any:
     return lambda small: rays.score(small).psnr
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, ending: str | None = None) -> None:
     """Whether a file can be written, before the work whose result it is to hold.
+
+    Args:
+        path: the file.
+        ending: that of what will be in it, if its name must not belie it.
 
     Raises:
         OrchestratorError: it cannot.
     """
+    if ending and path.suffix.lower() not in ("", ending):
+        raise OrchestratorError(
+            f"-o {path}: what is written here is a {ending} file; give a name that ends so"
+        )
     problem = "it is a folder" if path.is_dir() else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

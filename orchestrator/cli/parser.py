@@ -231,7 +231,7 @@ def _view_command(command: Callable[..., Any]) -> None:
         "look at models side by side in the browser, from where the mouse leads",
         "prunefield view dense.safetensors small.safetensors --scene data/nerf_llff_data/fern",
     )
-    view.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="models")
+    view.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="model files")
     _add_scene(view)
     view.add_argument("--port", type=values.count, default=8080, help="on 127.0.0.1 (8080)")
 
@@ -309,14 +309,21 @@ def _add_model(parser: Any) -> None:
 
 def _add_scene(parser: Any) -> None:
     parser.add_argument(
-        "--scene", type=Path, required=True, metavar="DIR", help="LLFF or Blender scene"
+        "--scene", type=Path, required=True, metavar="DIR", help="LLFF, COLMAP or Blender scene"
     )
     parser.add_argument(
         "--factor", type=values.count, help="downsampling of the photos (that of the checkpoint)"
     )
-    parser.add_argument("--holdout", type=values.holdout, help="every n-th view is held out (8)")
     parser.add_argument(
-        "--ndc", action=argparse.BooleanOptionalAction, default=None, help="NDC rays"
+        "--holdout",
+        type=values.holdout,
+        help="every n-th view is held out (as the checkpoint; else 8)",
+    )
+    parser.add_argument(
+        "--ndc",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="rays in normalised device coordinates (as the checkpoint)",
     )
     parser.add_argument(
         "--samples",
@@ -327,7 +334,10 @@ def _add_scene(parser: Any) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument(
-        "--precision", default="float32", choices=("float32", "tf32", "bfloat16"), help="arithmetic"
+        "--precision",
+        default="float32",
+        choices=("float32", "tf32", "bfloat16"),
+        help="arithmetic of the linear layers (float32)",
     )
     parser.add_argument(
         "--backend",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.spec import Sweep, cluster_part, load, load_cluster
-from orchestrator.units import counted
+from orchestrator.units import counted, typed
 
 if TYPE_CHECKING:
     from orchestrator.scheduler.jobs import Jobs
@@ -36,7 +36,7 @@ def submit(options: argparse.Namespace) -> int:
             f"{options.file} does not say where Ray runs: give the address of a cluster (--address "
             "http://HEAD:8265) or a Ray cluster file (--cluster FILE), put the sweep under "
             "`metadata.sweep` of such a file as sweeps/fern.yaml does, or run it here: "
-            f"prunefield run {options.file}"
+            f"prunefield run {typed(options.file)}"
         )
     return launch(sweep, config, options.detach)
 
@@ -65,10 +65,10 @@ def submit_to(
     jobs = Jobs(address)
     job = jobs.submit(make_bundle(sweep, folder / "bundle"), python)
     print(f"job {job} on {address}", flush=True)
+    file = typed(sweep.source)
     look = (
-        f"look again: prunefield status {sweep.source} | logs {sweep.source} --follow | "
-        f"stop {sweep.source}, with --job {job} --address {address} where its tracking server "
-        "cannot be reached"
+        f"look again: prunefield status {file} | logs {file} --follow | stop {file}, "
+        f"with --job {job} --address {address} where its tracking server cannot be reached"
     )
     if detach:
         print(look)
@@ -153,7 +153,8 @@ def _say(found: "SweepState") -> None:
         since = seconds_since(found.progress["at"])
         ago = f", {clock(since)} ago" if since and found.status == "RUNNING" else ""
         print(f"  as of {found.progress['at']}{ago}:")
-        Console().print(panel(found.progress))
+        ended = {} if found.status == "RUNNING" else {"running": 0}  # it was cut short
+        Console().print(panel({**found.progress, **ended}))
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -208,6 +209,7 @@ def _jobs(options: argparse.Namespace) -> "Jobs":
 
 def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
     """Find a sweep, given by its file or by its name."""
+    from orchestrator.cli.sweeps import check_begun
     from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
     from orchestrator.tracking import tracking_uri
@@ -217,10 +219,9 @@ def _look(options: argparse.Namespace) -> "tuple[Remote, SweepState]":
     given = options.tracking or None
     if path.is_file():
         sweep, store = open_sweep(path)
-        remote = Remote(
-            given or tracking_uri(sweep.tracking.uri, store),
-            options.experiment or sweep.tracking.experiment,
-        )
+        uri = given or tracking_uri(sweep.tracking.uri, store)
+        check_begun(sweep, uri, path)
+        remote = Remote(uri, options.experiment or sweep.tracking.experiment)
         return remote, remote.state(None, sweep.hash)
     given = given or os.environ.get("MLFLOW_TRACKING_URI")
     if not given:

@@ -2,12 +2,19 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from orchestrator.provenance import bundle_info
-from orchestrator.spec import load
+from orchestrator.spec import Sweep, load
+from orchestrator.units import counted, typed
 
 MANY = 40
 """Trials from which on a run ends with the front alone."""
+AUTO = {
+    "train": "a GPU where there is one",
+    "prune": "a quarter of a GPU where there is one",
+}
+"""What `gpus: auto` asks for."""
 
 
 def validate(options: argparse.Namespace) -> int:
@@ -46,8 +53,8 @@ def plan(options: argparse.Namespace) -> int:
         print(f"  ({combinations:,} combinations; those that make no difference run once)")
     for stage in ("train", "prune"):
         wanted = summary["resources"][stage]
-        gpus = "a share of a GPU where there is one" if wanted["gpus"] is None else wanted["gpus"]
-        print(f"  each {stage}: {wanted['cpus']:g} CPUs, GPUs: {gpus}")
+        gpus = AUTO[stage] if wanted["gpus"] is None else _of(wanted["gpus"], "GPU")
+        print(f"  each {stage.removesuffix('e')}ing: {_of(wanted['cpus'], 'CPU')}, {gpus}")
     return 0
 
 
@@ -66,10 +73,14 @@ def run(options: argparse.Namespace) -> int:
     print(table(finished.data, only_front=len(finished.data.done) > MANY))
     print(f"\nreport: {finished.report.html}")
     if bundle_info() is None:  # a shipped file is no place to look again
-        print(f"MLflow: prunefield ui {options.file}")
+        print(f"MLflow: prunefield ui {typed(options.file)}")
     if failed:
-        print(f"{failed} failed; they are listed in the report")
+        print(f"{counted(failed, 'failure')}, listed in the report")
     return 1 if failed else 0
+
+
+def _of(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def report(options: argparse.Namespace) -> int:
@@ -96,19 +107,12 @@ def front(options: argparse.Namespace) -> int:
 
 def ui(options: argparse.Namespace) -> int:
     """Serve the MLflow UI until interrupted."""
-    from orchestrator.errors import SweepError
     from orchestrator.sweep import open_sweep
     from orchestrator.tracking import links, serve, tracking_uri
-    from orchestrator.tracking.names import sqlite_path
 
     sweep, store = open_sweep(options.sweep)
     uri = tracking_uri(sweep.tracking.uri, store)
-    database = sqlite_path(uri)
-    if database is not None and not database.is_file():
-        raise SweepError(
-            f"sweep {sweep.name!r} has no tracking store at {database} yet; "
-            f"run it first: prunefield run {options.sweep}"
-        )
+    check_begun(sweep, uri, options.sweep)
     with serve(uri, options.port) as (address, process):
         found = links(address, uri, sweep.tracking.experiment, sweep.hash)
         print(f"MLflow UI: {address}")
@@ -126,3 +130,26 @@ def ui(options: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 print()
     return 0
+
+
+def check_begun(sweep: Sweep, uri: str, path: Path) -> None:
+    """Whether there is a tracking store to look into: looking must not make one.
+
+    Args:
+        sweep: the sweep.
+        uri: its tracking store.
+        path: its file, as it was given.
+
+    Raises:
+        SweepError: the file of runs is not there.
+    """
+    from orchestrator.errors import SweepError
+    from orchestrator.tracking.names import sqlite_path
+
+    database = sqlite_path(uri)
+    if database is not None and not database.is_file():
+        raise SweepError(
+            f"sweep {sweep.name!r} has no tracking store at {database} yet; "
+            f"run it first: prunefield run {typed(path)}; if it runs elsewhere, set "
+            "`tracking.uri` in its file to a server that both sides reach"
+        )

@@ -1,6 +1,7 @@
 """What values of options may be; argparse turns what they complain of into a message."""
 
 import argparse
+import math
 
 from orchestrator.units import parse_bytes
 
@@ -38,6 +39,17 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def finite(text: str) -> float:
+    """A number that is one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
 
 
 def _positive(text: str) -> float:

@@ -12,7 +12,7 @@ from orchestrator.pareto import Quality
 from orchestrator.report.data import MB, ReportData, number
 from orchestrator.report.effects import NONE, allocation_of, amount_of
 from orchestrator.results import Record, method_of
-from orchestrator.units import show_bytes
+from orchestrator.units import counted, show_bytes
 
 ABSENT = "–"
 CONFIG_FIRST = ("criterion", "networks", "ratio", "schedule", "calibration_views")
@@ -125,7 +125,8 @@ def table(data: ReportData, only_front: bool = False) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     lines.append("")
     lines.append(
-        f"* on the Pareto front of size and PSNR: {len(data.front_keys)} of {len(data.done)} trials"
+        f"* on the Pareto front of size and PSNR: {len(data.front_keys)} of "
+        + counted(len(data.done), "trial")
         + (" (`prunefield front --all` lists them)" if only_front else "")
     )
     if data.hypervolume is not None and data.corner is not None:

@@ -6,6 +6,7 @@ sentences, ``sweep.py`` holds what the rest of the project works with.
 """
 
 from orchestrator.spec.load import (
+    check_scene_folder,
     cluster_part,
     given_scene_path,
     load,
@@ -32,6 +33,7 @@ __all__ = [
     "StageResources",
     "Sweep",
     "TrackingSettings",
+    "check_scene_folder",
     "cluster_part",
     "given_scene_path",
     "load",

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from nerf.errors import SceneError
 from nerf.field import FieldShape, SampleCounts
 from nerf.scenes import SceneSettings
 from nerf.training import Recipe
@@ -128,6 +129,23 @@ def given_scene_path(sweep: Sweep) -> Path | None:
     data, _ = _sweep_part(_parse(sweep.text, sweep.source), sweep.source)
     path = data["scene"].get("path")
     return None if path is None else Path(path).expanduser()
+
+
+def check_scene_folder(sweep: Sweep) -> None:
+    """Raise if a relative path of the scene leads nowhere, with all places where it might have.
+
+    Raises:
+        SceneError: it does.
+    """
+    given, path = given_scene_path(sweep), sweep.scene.path
+    made = sweep.scene.format == "demo"  # where it is missing
+    if made or given is None or given.is_absolute() or (path is not None and path.exists()):
+        return
+    places = ", ".join(dict.fromkeys(map(str, _scene_places(sweep.source))))
+    raise SceneError(
+        f"there is no scene folder {given} in {places}; set scene.path to the folder of an LLFF, "
+        "COLMAP or Blender scene (`prunefield fetch fern` downloads one to data/)"
+    )
 
 
 def relocated(sweep: Sweep, root: Path) -> Sweep:
@@ -507,9 +525,15 @@ def _find_scene(path: str | None, source: Path) -> Path | None:
     given = Path(path).expanduser()
     if given.is_absolute():
         return given
+    found = (place / given for place in _scene_places(source) if (place / given).is_dir())
+    return next(found, given)
+
+
+def _scene_places(source: Path) -> list[Path]:
+    """Where a relative scene path is looked for, in this order."""
     places = [Path.cwd(), Path.cwd() / "data", source.resolve().parent]
     if os.environ.get("PRUNEFIELD_DATA"):
         places.insert(2, Path(os.environ["PRUNEFIELD_DATA"]))
     if bundle_info() is not None:  # this code was shipped with the scene
         places.insert(0, code_folder() / "data")
-    return next((place / given for place in places if (place / given).is_dir()), given)
+    return places

@@ -8,6 +8,34 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import Mistake
 
+# What pydantic says of plain values, in the words of a sweep file.
+PLAIN = {
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le:,}",
+    "int_type": "a whole number belongs here",
+    "int_parsing": "a whole number belongs here",
+    "int_from_float": "a whole number belongs here",
+    "float_type": "a number belongs here",
+    "float_parsing": "a number belongs here",
+    "finite_number": "a finite number belongs here",
+    "string_type": "a text belongs here; what YAML takes for something else needs quotes",
+    "string_pattern_mismatch": "allowed are up to 64 letters (A to Z, a to z), digits, `.`, `_` "
+    "and `-`, the first a letter or a digit",  # of the one key with a pattern: the sweep's name
+    "bool_type": "allowed are true and false",
+    "bool_parsing": "allowed are true and false",
+    "list_type": "a list belongs here",
+    "too_short": "at least {min_length} belong here",
+    "too_long": "at most {max_length} belong here",
+    "string_too_short": "at least {min_length} characters belong here",
+    "string_too_long": "at most {max_length} characters belong here",
+    "model_type": "a mapping (key: value) belongs here",
+    "dict_type": "a mapping (key: value) belongs here",
+    "model_attributes_type": "a mapping (key: value) belongs here",
+}
+EXPONENTS = ", in digits: 20000 or 20_000, not '20k' or 2e4"
+
 
 def nearest(value: Any, names: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'activation'?``, or nothing."""
@@ -47,8 +75,10 @@ def mistakes_of(
         elif kind == "literal_error":
             names = [n.strip().strip("'") for n in _expected(complaint).split(",")]
             message = f"allowed are {', '.join(names)}{nearest(value, names)}"
-        elif kind in ("model_type", "dict_type", "model_attributes_type"):
-            message = "a mapping (key: value) belongs here"
+        elif kind in PLAIN:
+            message = PLAIN[kind].format(**complaint.get("ctx", {}))
+            if kind.startswith("int_") and isinstance(value, str):
+                message += EXPONENTS
         found.append(Mistake(path, shown(value), message))
     return found
 

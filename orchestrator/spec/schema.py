@@ -32,6 +32,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_SEED = 2**31 - 1
 MAX_COUNT = 10**9
 MAX_LAYERS = 64
+TRACKING_KINDS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 # Of a prefix, only what needs no escaping anywhere.
 BUCKET_ADDRESS = re.compile(
     r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[A-Za-z0-9._=+-]+)*/?"
@@ -66,6 +67,12 @@ def _number(value: Any) -> float:
             "ratio", "a ratio is the fraction removed: a number from 0 up to, but not, 1"
         )
     return float(value) + 0.0  # −0 and 0 are one ratio and must have one key
+
+
+def _fraction(value: Any) -> float:
+    if not _is_ratio(value):
+        raise PydanticCustomError("fraction", "a fraction: a number from 0 up to, but not, 1")
+    return float(value) + 0.0
 
 
 def _not_bool(value: Any) -> Any:
@@ -108,6 +115,13 @@ def _tracking_uri(value: str | None) -> str | None:
             "password",
             "an address here must not hold a password: give it in the environment, as PGPASSWORD "
             "or MLFLOW_TRACKING_PASSWORD, or the whole address as PRUNEFIELD_TRACKING_URI",
+        )
+    if value and value.partition("://")[0].partition("+")[0] not in TRACKING_KINDS:
+        raise PydanticCustomError(
+            "tracking",
+            "allowed are http(s)://HOST:PORT of an MLflow server, sqlite:///FILE and "
+            "postgresql://USER@HOST/DATABASE{hint}",
+            {"hint": nearest(value.partition("://")[0], TRACKING_KINDS)},
         )
     return value
 
@@ -236,6 +250,7 @@ _SCHEDULE = {
 
 Listed = BeforeValidator(_listed)
 Ratio = Annotated[float, PlainValidator(_number), WithJsonSchema(_RATIO)]
+Fraction = Annotated[float, PlainValidator(_fraction), WithJsonSchema(_RATIO)]
 Views = Annotated[int | None, PlainValidator(_views), WithJsonSchema(_VIEWS)]
 Gpus = Annotated[float | None, PlainValidator(_gpus), WithJsonSchema(_GPUS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]
@@ -412,7 +427,7 @@ class TrainSection(_Section):
         PrecisionName, Field(description="arithmetic of the linear layers while training")
     ] = "float32"
     validation: Annotated[
-        Ratio,
+        Fraction,
         Field(description="fraction of the training views' pixels kept for validation alone"),
     ] = 0.01
     network: Annotated[NetworkSection, Field(description="widths before pruning")] = (

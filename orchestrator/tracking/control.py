@@ -263,10 +263,11 @@ class Remote:
     def _run(self, name: str | None, digest: str | None) -> Run:
         run = find_run(self._client, self._experiment, name=name, digest=digest)
         if run is None:
+            store = names.sqlite_path(self._uri) or names.shown(self._uri)
             raise SweepError(
-                f"sweep {name or digest!r} is unknown to experiment {self._experiment!r} of the "
-                "tracking store; it has not begun yet, or logs elsewhere: set `tracking.uri` in "
-                "its file to a server that both sides reach, or name it with --tracking"
+                f"sweep {name or digest!r} is unknown to experiment {self._experiment!r} of "
+                f"{store}; it has not begun yet, or logs elsewhere: set `tracking.uri` in its "
+                "file to a server that both sides reach, or name it with --tracking"
             )
         return run
 

@@ -131,6 +131,12 @@ def test_files_of_others_are_refused(path):
     refused(path, "holds None version None; this prunefield reads 'prunefield-nerf' version 1")
 
 
+def test_a_file_of_another_program_is_told_what_models_are_read(tmp_path):
+    path = tmp_path / "small.onnx"
+    path.write_bytes(b"\x08\x08\x12\x0aprunefield" * 9)
+    refused(path, "nerf-pytorch's .tar")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

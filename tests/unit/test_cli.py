@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from orchestrator.cli import main
 from orchestrator.cli.models import open_model
 from orchestrator.cli.parser import build_parser
 from orchestrator.scene_info import scene_info
+from orchestrator.scheduler.cluster import AUTO_GPUS
 from pruning import CRITERIA
 from tests.unit.sweep_builder import HOLDOUT, mapping, text
 
@@ -212,6 +215,30 @@ def test_plan_runs_and_writes_nothing(run: Run, sweep_file: Callable[..., Path])
     assert status == 0
     assert "trainings" in out
     assert [p.name for p in path.parent.iterdir()] == ["tiny.yaml"]
+
+
+def test_plan_says_what_each_worker_takes(run: Run, sweep_file: Callable[..., Path]) -> None:
+    _, out, _ = run("plan", sweep_file(resources={"train": {"cpus": 1, "gpus": 2}}))
+    assert "each training: 1 CPU, 2 GPUs\n" in out
+    assert "each pruning: 1 CPU, a quarter of a GPU where there is one\n" in out
+    assert AUTO_GPUS == {"train": 1.0, "prune": 0.25}
+
+
+def test_a_scene_that_is_nowhere_is_told_with_the_places(
+    run: Run, sweep_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNEFIELD_DATA", "/my/data")
+    path = sweep_file(scene={"path": "no/fern"})
+    here = Path.cwd()
+    places = f"no/fern in {here}, {here / 'data'}, /my/data, {path.parent}; set scene.path"
+    refused(run("plan", path), places, "COLMAP")
+
+
+def test_commands_that_are_shown_can_be_typed(
+    run: Run, sweep_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = sweep_file().rename(tmp_path / "my sweep.yaml")
+    refused(run("front", path), f"prunefield run '{path}'")
 
 
 def test_plan_names_the_controls(run: Run, sweep_file: Callable[..., Path]) -> None:
@@ -533,6 +560,10 @@ RENDER = ("render", "MODEL", "--scene", "SCENE", "-o", "OUT")
         ((*PRUNE, "0.5", "--calibration-rays", "0"), 2, "--calibration-rays"),
         (RENDER, 2, "--view"),
         ((*RENDER, "--view", "0", "--spiral"), 2, "not allowed with"),
+        (("render", *RENDER[1:4], "--view", "0", "-o", "x.mp4"), 1, "is a .png file"),
+        (("render", *RENDER[1:4], "--spiral", "-o", "x.png"), 1, "is a .mp4 file"),
+        (("prune", *PRUNE[1:4], "--ratio", "0.5", "-o", "x.tar"), 1, "is a .safetensors file"),
+        (("pick", "x.yaml", "--min-psnr", "nan"), 2, "'nan' is not a number"),
         ((*RENDER, "--view", "20"), 1, "views 0 to 19"),
         ((*RENDER, "--view", "-1"), 1, "views 0 to 19"),
         ((*RENDER, "--spiral", "--frames", "0"), 2, "--frames"),
@@ -553,7 +584,7 @@ def test_bad_options_are_refused(
     places = {
         "MODEL": files["model"],
         "SCENE": files["scene"],
-        "OUT": tmp_path / "out.file",
+        "OUT": tmp_path / "out",
         "EMPTY": tmp_path / "empty",
     }
     refused(run(*(places.get(a, a) for a in arguments)), said, status=status)
@@ -585,7 +616,7 @@ def test_an_output_that_cannot_be_written(
 def test_what_was_there_stays_when_writing_fails(
     run: Run, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = tmp_path / "small.safetensors"
+    small = tmp_path / "before"  # without an ending, as both commands may write it
     small.write_text("before")
 
     def full(*_: object) -> None:
@@ -609,6 +640,25 @@ def test_an_interruption_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("orchestrator.cli.sweeps.load", interrupted)
     refused(run("validate", "x.yaml"), "interrupted", status=130)
+
+
+class Interrupted:
+    """Ctrl-C while the parser, and PyTorch with it, is imported."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "orchestrator.cli.parser":
+            raise KeyboardInterrupt
+
+
+def test_nor_is_one_while_the_program_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "orchestrator.cli.parser")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    refused(run("validate", "x.yaml"), "interrupted", status=130)
+
+
+def test_what_takes_seconds_to_import_is_imported_where_ctrl_c_is_awaited() -> None:
+    slow = "import orchestrator.cli, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", slow], check=True)
 
 
 def test_networks_of_different_depths_are_pruned_one_at_a_time(

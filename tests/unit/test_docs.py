@@ -47,7 +47,7 @@ def test_the_how_to_runs_from_the_first_block_to_the_last(
     shape = FieldShape((8, 8, 8), None, 8, 4, point_octaves=2, direction_octaves=1)
     names: dict[str, Any] = {"network": network_of(Field(shape)), "folder": folder}
     pieces = blocks(ROOT / "docs" / "howto.md", "python")
-    assert len(pieces) == 4
+    assert len(pieces) == 5
     try:
         for piece in pieces:
             exec(compile(piece, "docs/howto.md", "exec"), names)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orchestrator.cli import main
-from orchestrator.panel import gpus, line, thinned
+from orchestrator.panel import gpus, line, panel, thinned
 from orchestrator.pareto import front, points
 from orchestrator.progress import GpuUse, Progress, gpu_use
 from orchestrator.results import Failure
@@ -121,6 +122,35 @@ def test_a_thinned_front_keeps_its_order_and_its_end(points: int, most: int) -> 
     assert len(shown) == min(points, most)
     assert sorted(set(shown)) == shown
     assert not points or shown[-1] == points - 1
+
+
+def test_the_panel_fits_into_80_columns() -> None:
+    report = {"iteration": 120_400, "iterations": 200_000, "rate": 682.3}
+    state = {
+        **Progress(Console(file=io.StringIO())).state(),
+        **{"stage": "training and pruning", "done": 11_180, "total": 12_400},
+        **{"running": 128, "failed": 3, "trials_per_minute": 64.2},
+        **{"elapsed_seconds": 40_000.0, "left_seconds": 90_000.0},
+        "trainings": {"a98772a1b65d88d4": {**report, "loss": 0.0031, "train_psnr": 26.12}},
+    }
+    out = io.StringIO()
+    Console(file=out, width=80).print(panel(state))
+    assert [
+        " ".join(re.sub("[━╸╺]", "", line).split()) for line in out.getvalue().splitlines()
+    ] == [
+        "training and pruning",
+        "11180/12400 done 128 running 3 failed",
+        "11:06:40 elapsed, 64 trials/min, about 25:00:00 left",
+        "training a98772a1 120,400/200,000",
+        "682 it/s loss 0.0031 26.12 dB about 1:57 left",
+    ]
+
+
+def test_one_point_is_one_point() -> None:
+    show = Progress(Console(file=io.StringIO()))
+    show.started(2)
+    show.ended(training_record())
+    assert "front: 1 point, best" in line(show.state())
 
 
 def test_without_a_terminal_there_are_few_plain_lines() -> None:

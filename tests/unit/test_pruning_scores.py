@@ -14,6 +14,7 @@ from pruning import (
     StatisticsError,
     collect,
     collect_gradients,
+    gradients_for,
     moments_for,
     needs_gradients,
     score,
@@ -251,6 +252,8 @@ def test_who_needs_gradients_says_so() -> None:
     assert not needs_gradients(["wanda", "obs"])
     assert moments_for(["taylor"]) == ()
     assert moments_for(["wanda"], ["obs", "mean_fold"]) == ("gram", "mean", "square")
+    assert moments_for("wanda", "obs") == moments_for(["wanda"], ["obs"])
+    assert gradients_for("taylor") == gradients_for(["taylor"])
     with pytest.raises(StatisticsError, match="taylor"):
         score(NETWORK, "taylor")
     with pytest.raises(PruningError, match="no compensation"):

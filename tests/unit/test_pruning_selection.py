@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning import PruningError, RatioError, keep_mask, removed_count, select
+from pruning import PruningError, RatioError, check_ratios, keep_mask, removed_count, select
 
 
 @given(
@@ -74,3 +74,8 @@ def test_every_layer_needs_its_ratio() -> None:
     assert select(scores, {"a": 0.5, "b": 0.5})["a"].tolist() == [False, False, True, True]
     with pytest.raises(RatioError, match="'b'"):
         select(scores, {"a": 0.5})
+
+
+def test_a_lone_ratio_for_all_layers_is_told_how_to_be_shared_out() -> None:
+    with pytest.raises(RatioError, match=r'give one ratio a layer, such as allocate\("uniform", 3'):
+        check_ratios(0.5, 3)

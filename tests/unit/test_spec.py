@@ -236,6 +236,36 @@ def test_a_mistake_shows_path_value_and_what_is_allowed() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("name", "a/b", "allowed are up to 64 letters"),
+        ("name", 5, "a text belongs here"),
+        ("scene__factor", 65, "must be at most 64"),
+        ("scene__ndc", "maybe", "allowed are true and false"),
+        ("train__iterations", "2e4", "20000 or 20_000"),  # a text to YAML
+        ("train__iterations", 0, "must be at least 1"),
+        ("train__iterations", 4.5, "a whole number belongs here"),
+        ("train__iterations", [], "at least 1 belong here"),
+        ("train__learning_rate", 0, "must be above 0"),
+        ("train__learning_rate", NAN, "a finite number belongs here"),
+        ("train__learning_rate", "fast", "a number belongs here"),
+        ("train__validation", 1.5, "a fraction: a number from 0 up to, but not, 1"),
+        ("train__samples", [8, 8], "a mapping (key: value) belongs here"),
+        ("prune__0__recover", {"iterations": 5, "rounding_from": 2}, "must be below 1"),
+        ("tracking__experiment", "", "at least 1 characters belong here"),
+        ("tracking__uri", "htp://db:5000", "did you mean 'http'?"),
+        ("tracking__uri", "mlruns", "allowed are http(s)://HOST:PORT of an MLflow server"),
+    ],
+)
+def test_what_a_value_must_be_is_said_in_the_words_of_a_sweep_file(
+    path: str, value: Any, said: str
+) -> None:
+    mistake = only(mapping(**{path: value}))
+    assert said in mistake.message
+    assert "should" not in mistake.message  # pydantic's own sentences
+
+
 def test_lone_values_and_a_lone_grid_show_no_index() -> None:
     grid = {"ratios": 2.0, "networks": "none", "criteria": "x", "calibration": {"seeds": -1}}
     assert {m.path for m in refused(mapping(prune=grid))} == {
@@ -599,4 +629,5 @@ def read_or_refuse(content: str) -> None:
     else:
         assert refusal.mistakes
         assert all(m.path and m.message for m in refusal.mistakes)
+        assert not any(m.message.startswith("Input should") for m in refusal.mistakes)
         str(refusal).encode()  # printable anywhere

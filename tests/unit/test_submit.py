@@ -431,6 +431,23 @@ def test_an_unknown_sweep_is_named(
     assert "--address" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["status", "logs", "stop", "ui"])
+def test_looking_before_the_first_run_makes_nothing(
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text(mapping(storage="out")))
+    assert main([command, "tiny.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert f"no tracking store at {tmp_path / 'out' / 'mlflow.db'} yet" in said
+    assert "prunefield run tiny.yaml" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
 # --- whether the head's Ray is up ----------------------------------------------------------------
 
 

@@ -25,9 +25,10 @@ from orchestrator.progress import Progress
 from orchestrator.report import ReportData
 from orchestrator.results import Failure, Record
 from orchestrator.showcase import gallery_of
+from orchestrator.spec.schema import TRACKING_KINDS
 from orchestrator.store import Store
 from orchestrator.tracking import SweepInfo, TrackingLogger, default_uri, links, names
-from orchestrator.tracking.stores import open_client
+from orchestrator.tracking.stores import PORTS, open_client
 from orchestrator.tracking.ui import build_links
 from orchestrator.tracking.writer import RunWriter
 from tests.unit.record_builder import DENSE_BYTES, SYNTHETIC, save, training_record, trial_record
@@ -311,7 +312,9 @@ def test_status_shows_what_the_terminal_shows_while_the_sweep_runs(
         for words in ("RUNNING", "8/30", "4 running", "front so far", "activation both 30%"):
             assert words in text
     assert main([*ask, "--follow"]) == 0  # it has ended: nothing to wait for
-    assert "FINISHED" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FINISHED" in text
+    assert "running" not in text
 
 
 def test_a_tag_holds_a_front_of_any_length() -> None:
@@ -501,6 +504,10 @@ def test_many_trials_take_seconds(store: Store) -> None:
             logger.record(record)
         assert logger.flush(timeout=30)
     assert len(Seen(store).of("trial")) == 25
+
+
+def test_a_sweep_file_may_name_every_kind_of_store_that_can_be_opened() -> None:
+    assert set(TRACKING_KINDS) == {"sqlite", *PORTS}
 
 
 @pytest.mark.parametrize(
