@@ -522,25 +522,7 @@ class Workbench:
 
     def _recalibrated(self, config: TrialConfig, training: str, model: NerfModel) -> Material:
         """What a pruning of a model between two rounds of recovery may look at."""
-        wanted, fraction = config.calibration, self._validation_fraction(training)
-        if wanted is None:
-            return Material()
-        samples = partial(calibration_samples, model, self.scene(), wanted, fraction)
-        if not config.needs.moments:
-            return Material(None, samples)
-        nested = calibrate(
-            model,
-            self.scene(),
-            [wanted.views],
-            [wanted.rays],
-            wanted.seed,
-            config.needs.moments,
-            config.needs.prunable,
-            wanted.weighting,
-            fraction,
-        )
-        statistics = {n: of.subset((wanted.views, wanted.rays)) for n, of in nested.items()}
-        return Material(statistics, samples)
+        return material_of(model, self.scene(), config, self._validation_fraction(training))
 
     def _search(self, trial: Trial, look: Look, watch: Stopwatch) -> None:
         """Prune one model and score it on validation rays, after a first look at few of them.
@@ -697,6 +679,36 @@ def sizes(model: NerfModel, pruned: Mapping[str, Reduced]) -> dict[str, float]:
 def achieved_ratio(pruned: Mapping[str, Reduced]) -> float:
     """Fraction removed of the channels (with a mask, the weights) of the pruned networks."""
     return sum(p.removed for p in pruned.values()) / sum(p.total for p in pruned.values())
+
+
+def material_of(model: NerfModel, scene: Scene, config: TrialConfig, validation: float) -> Material:
+    """What a pruning of a model may look at, collected for it alone.
+
+    Args:
+        model: the model.
+        scene: whose training views give the calibration set.
+        config: the pruning; without a calibration set it looks at nothing.
+        validation: the fraction of pixels that the model's training left out.
+    """
+    wanted = config.calibration
+    if wanted is None:
+        return Material()
+    samples = partial(calibration_samples, model, scene, wanted, validation)
+    if not config.needs.moments:
+        return Material(None, samples)
+    nested = calibrate(
+        model,
+        scene,
+        [wanted.views],
+        [wanted.rays],
+        wanted.seed,
+        config.needs.moments,
+        config.needs.prunable,
+        wanted.weighting,
+        validation,
+    )
+    statistics = {name: of.subset((wanted.views, wanted.rays)) for name, of in nested.items()}
+    return Material(statistics, samples)
 
 
 def calibration_samples(

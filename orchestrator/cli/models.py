@@ -6,7 +6,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def prune(options: argparse.Namespace) -> int:
     """Prune a checkpoint outside any sweep."""
-    from orchestrator.bridge import calibrate
     from orchestrator.compress import Material, compress
     from orchestrator.plan import CalibrationSet
-    from orchestrator.stages import (
-        BYTES_PER_PARAMETER,
-        achieved_ratio,
-        calibration_samples,
-        sizes,
-    )
+    from orchestrator.stages import BYTES_PER_PARAMETER, achieved_ratio, material_of, sizes
     from pruning import allocate
 
     model, scene, info = open_model(options)
@@ -75,23 +68,10 @@ def prune(options: argparse.Namespace) -> int:
             raise OrchestratorError(
                 f"--calibration-views {views}: the scene has {len(scene.train)} training views"
             )
-        needs, wanted = config.needs, CalibrationSet(views, options.calibration_rays, options.seed)
-        config = replace(config, calibration=wanted)
-        left_out, statistics = _validation(info), None
-        if needs.moments:
-            nested = calibrate(
-                model,
-                scene,
-                [views],
-                [wanted.rays],
-                wanted.seed,
-                needs.moments,
-                needs.prunable,
-                validation=left_out,
-            )
-            statistics = {name: of.subset((views, wanted.rays)) for name, of in nested.items()}
-        samples = partial(calibration_samples, model, scene, wanted, left_out)
-        material = Material(statistics, samples, validate=_validate(scene, model, left_out))
+        wanted = CalibrationSet(views, options.calibration_rays, options.seed)
+        config, left_out = replace(config, calibration=wanted), _validation(info)
+        material = material_of(model, scene, config, left_out)
+        material = replace(material, validate=_validate(scene, model, left_out))
     made = compress(options.output, model, config, material, {**info, "pruning": config.flat()})
     small, pruned, size = made.model, made.pruned, made.size
     networks: dict[str, dict[str, Any]] = {

@@ -185,6 +185,10 @@ class Album:
         return self.renders.get(key, {}).get(str(view), (None, None))[error] is not None
 
 
+_Render = tuple[str, int, bool]
+"""Key of a trial or training, view, and whether it is the error map."""
+
+
 def album(data: ReportData, budget: int = BUDGET) -> Album:
     """Every kept picture of the sweep, as large as fits the budget; damaged ones are left out.
 
@@ -193,15 +197,7 @@ def album(data: ReportData, budget: int = BUDGET) -> Album:
     """
     main = {r.key for r in data.dense} | set(data.front_keys)
     main |= {r.key for r in data.by_key.values() if r.kind not in ("trial", "training")}
-    records = [r for r in data.by_key.values() if r.failure is None]
-    truths: dict[tuple[str, int], Path] = {}
-    wanted: dict[tuple[str, int, bool], Path] = {}
-    for record in records:
-        folder = data.store.folder(record.kind, record.key) / "renders"
-        if record.kind == "training":
-            truths |= {(record.training, v): p for v, p in _numbered(folder, "truth")}
-        for error, name in ((False, "view"), (True, "error")):
-            wanted |= {(record.key, v, error): p for v, p in _numbered(folder, name)}
+    truths, wanted = _kept(data)
     views = sorted({view for _, view, _ in wanted} | {view for _, view in truths})[:MAX_VIEWS]
     pages = [
         [p for (_, v), p in truths.items() if v == view]
@@ -216,11 +212,11 @@ def album(data: ReportData, budget: int = BUDGET) -> Album:
         made = encoder([*((path, *step.main) for path in large), *rest])
     uris = dict(zip((*large, *(path for path, *_ in rest)), made, strict=True))
 
+    made_of = {entry: uri for entry, path in wanted.items() if (uri := uris.get(path))}
     renders: dict[str, dict[str, tuple[str | None, str | None]]] = {}
-    for key, view, _ in wanted:
-        pair = (uris.get(wanted.get((key, view, False))), uris.get(wanted.get((key, view, True))))  # type: ignore[arg-type]
-        if any(pair):
-            renders.setdefault(key, {})[str(view)] = pair
+    for key, view, _ in made_of:
+        pair = made_of.get((key, view, False)), made_of.get((key, view, True))
+        renders.setdefault(key, {})[str(view)] = pair
     truth: dict[str, dict[str, str]] = {}
     for (training, view), path in truths.items():
         if uri := uris.get(path):
@@ -234,6 +230,21 @@ def album(data: ReportData, budget: int = BUDGET) -> Album:
         size=None if first is None else first.size,
         dropped=0 if step.rest else len(small) // 2,
     )
+
+
+def _kept(data: ReportData) -> tuple[dict[tuple[str, int], Path], dict[_Render, Path]]:
+    """Files of the photos, by training and view, and of the renders and error maps."""
+    truths: dict[tuple[str, int], Path] = {}
+    wanted: dict[_Render, Path] = {}
+    for record in data.by_key.values():
+        if record.failure is not None:
+            continue
+        folder = data.store.folder(record.kind, record.key) / "renders"
+        if record.kind == "training":
+            truths |= {(record.training, v): p for v, p in _numbered(folder, "truth")}
+        for error, name in ((False, "view"), (True, "error")):
+            wanted |= {(record.key, v, error): p for v, p in _numbered(folder, name)}
+    return truths, wanted
 
 
 def _numbered(folder: Path, name: str) -> Iterable[tuple[int, Path]]:
