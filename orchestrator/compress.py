@@ -549,7 +549,9 @@ def _rounded_at(
                 batches=material.batches(networks),
             )
         except BudgetError as error:
-            raise BudgetError(f"a file of {size:,} bytes is too small; {error}") from error
+            raise BudgetError(
+                f"a file of {size:,} bytes is too small; in bytes of its weights alone, {error}"
+            ) from error
         if _widths_left(pruned) in tried:
             return None
 

@@ -32,7 +32,7 @@ def panel(state: State) -> Group:
     rows: list[Any] = [
         Text.assemble((state["stage"], "bold cyan"), ("  " + gpus(state["gpus"]), "dim")),
         head,
-        _pace(state),  # lines of their own: beside bars they are too long for 80 columns
+        Text(_pace(state)),  # lines of their own: beside bars they are too long for 80 columns
     ]
     for key, report in state["trainings"].items():
         row = Table.grid(padding=(0, 1))
@@ -43,8 +43,10 @@ def panel(state: State) -> Group:
         )
         rows.append(row)
         rows.append(
-            f"  {report['rate']:.0f} it/s  loss {report['loss']:.4f}  "
-            f"{report['train_psnr']:.2f} dB  {_training_left(report)}"
+            Text(
+                f"  {report['rate']:.0f} it/s  loss {report['loss']:.4f}  "
+                f"{report['train_psnr']:.2f} dB  {_training_left(report)}"
+            )
         )
     if best := thinned(state["front"]):
         rays = " on validation rays" if state.get("front_rays") == "validation" else ""

@@ -277,9 +277,11 @@ def _published(data: ReportData) -> str:
 
 
 def _compared(data: ReportData) -> tuple[Series, ...]:
-    """The report's own criterion where the sweep has it, else whatever it has."""
-    own = tuple(s for s in data.series if s.criterion == "activation")
-    return (own or data.series)[:3]
+    """The report's own criterion where the sweep has it, else whatever it has at ratios."""
+    tried = {r for t in data.trials if (r := ratio_of(t)) is not None}
+    at_ratios = tuple(s for s in data.series if any(data.at(s, r) for r in tried))
+    own = tuple(s for s in at_ratios if s.criterion == "activation")
+    return (own or at_ratios or data.series)[:3]
 
 
 def _renders(data: ReportData, grids: Sequence[Grid], album: Album) -> str:
@@ -465,6 +467,8 @@ def _summary(record: Record) -> str:
     parts = [method_of(record.config), record.config.get("networks")]
     if ratio_of(record) is not None:
         parts.append(percent(record.config["ratio"]))
+    elif "size" in record.config:
+        parts.append(amount_of(record))
     if record.config.get("schedule") not in (None, "uniform"):
         parts.append(record.config["schedule"])
     return ", ".join(str(part) for part in parts if part) or record.key

@@ -51,9 +51,11 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "small.safetensors").stat().st_size <= 10**6
     assert (tmp_path / "view.png").is_file()
     assert (tmp_path / "small.onnx").is_file()
+    dense = [str(p) for p in tmp_path.glob("prunefield-out/checkpoints/*/model.safetensors")]
+    assert len(dense) == 1
     for served in (
         ["ui", "my-scene.yaml"],
-        ["view", "small.safetensors", "--scene", "my-scene", "--port", "8099"],
+        ["view", *dense, "small.safetensors", "--scene", "my-scene", "--port", "8099"],
     ):
         answers(served, tmp_path, {**os.environ, "PATH": programs, "PYTHONPATH": str(ROOT)})
 

@@ -259,22 +259,22 @@ def test_no_recovery_no_controls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("grid", "place", "reason"),
     [
-        ({**SMALL, "recover": {"iterations": -1}}, "recover.iterations", "greater than or equal"),
+        ({**SMALL, "recover": {"iterations": -1}}, "recover.iterations", "at least 0"),
         ({**SMALL, "recover": {"from": "photo"}}, "recover.from", "photos, distill, both"),
         ({**SMALL, "recover": {"form": "photos"}}, "recover.form", "did you mean 'from'"),
         ({**SMALL, "recover": {"steps": 2}}, "recover.iterations", "required"),
-        ({**SMALL, "recover": {"iterations": 9, "steps": 0}}, "recover.steps", "greater than"),
+        ({**SMALL, "recover": {"iterations": 9, "steps": 0}}, "recover.steps", "at least 1"),
         ({**SMALL, "recover": {"iterations": 9, "controls": ["wide"]}}, "controls", "narrow"),
         ({"ratios": 0.5, "recover": {"iterations": 9, "steps": 2}}, "recover.steps", "`sizes`"),
         (
             {**SMALL, "recover": {"iterations": 9, "control_iterations": 0}},
             "recover.control_iterations",
-            "greater than or equal to 1",
+            "at least 1",
         ),
         (
             {**SMALL, "recover": {"iterations": 9, "control_learning_rate": [1e-3, 0]}},
             "recover.control_learning_rate[1]",
-            "greater than 0",
+            "above 0",
         ),
         (
             {**SMALL, "recover": {"control_iterations": 9}},

@@ -165,6 +165,21 @@ def test_the_published_table_stands_beside_fern_alone(data: ReportData, tmp_path
     assert all(row.psnr not in page.text for row in TABLE_1)
 
 
+def test_the_table_by_ratio_leaves_out_what_has_sizes_alone(
+    data: ReportData, tmp_path: Path
+) -> None:
+    dense = data.dense[0]
+    sized = replace(
+        trial_record(dense, 0.4, "magnitude", "shared", failure=data.failed[0].failure),
+        config={"criterion": "magnitude", "networks": "shared", "ratio": None, "size": 250_000},
+    )
+    at_ratios = trial_record(dense, 0.4, "random")
+    page, _ = written(replace(data, scene="lego", trials=(at_ratios, sized)), tmp_path)
+    assert "This sweep: random, both" in page.text
+    assert "This sweep: magnitude" not in page.text
+    assert "magnitude, shared, 250 kB" in page.text  # among what failed
+
+
 def test_a_model_that_a_search_tried_and_then_rendered_counts_once(data: ReportData) -> None:
     dense = data.dense[0]
     rendered = trial_record(dense, 0.4, schedule="searched", fine_layer_0_ratio=0.4)
