@@ -156,13 +156,31 @@ class Field(nn.Module):
         per_ray = points.shape[:2]
         density = self.density(h)[..., 0].unflatten(0, per_ray)
         # The direction is the same along a ray: its share of the view layer is computed once.
-        from_feature, from_direction = self.view.weight.split(
-            (self.shape.feature, self.shape.direction_features), dim=1
-        )
-        ray_share = F.linear(encoded_directions, from_direction, self.view.bias)
-        h = F.linear(self.feature(h), from_feature).unflatten(0, per_ray)
+        h, bias, from_direction = self._before_view(h)
+        ray_share = F.linear(encoded_directions, from_direction, bias)
+        h = h.unflatten(0, per_ray)
         h = (h + ray_share[:, None, :]).relu_()
         return density, self.rgb(h.flatten(0, 1)).unflatten(0, per_ray)
+
+    def _before_view(
+        self, h: Float[Tensor, "rows channels"]
+    ) -> tuple[Float[Tensor, "rows view"], Float[Tensor, " view"], Float[Tensor, "view direction"]]:
+        """What the features give the view layer; its bias and its weights for the direction.
+
+        Nothing stands between `feature` and `view`, so they are one matrix: applied as such where
+        that takes fewer FLOPs (11 % of those of the original network).
+        """
+        shape = self.shape
+        from_feature, from_direction = self.view.weight.split(
+            (shape.feature, shape.direction_features), dim=1
+        )
+        channels = h.shape[1]
+        if channels * shape.view >= shape.feature * (channels + shape.view):
+            return F.linear(self.feature(h), from_feature), self.view.bias, from_direction
+        with torch.autocast(h.device.type, enabled=False):
+            mix = from_feature @ self.feature.weight
+            bias = torch.addmv(self.view.bias, from_feature, self.feature.bias)
+        return F.linear(h, mix), bias, from_direction
 
 
 def _as_multiplied(x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows features"]:

@@ -60,6 +60,9 @@ def test_its_gradients_are_those_of_the_original_network():
     torch.testing.assert_close(field.view.weight.grad, naive.views_linears[0].weight.grad)
     torch.testing.assert_close(field.trunk[5].weight.grad, naive.pts_linears[5].weight.grad)
     torch.testing.assert_close(field.trunk[0].bias.grad, naive.pts_linears[0].bias.grad)
+    # `feature` is computed as part of `view`.
+    torch.testing.assert_close(field.feature.weight.grad, naive.feature_linear.weight.grad)
+    torch.testing.assert_close(field.feature.bias.grad, naive.feature_linear.bias.grad)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,7 @@ def test_its_gradients_are_those_of_the_original_network():
         FieldShape((9,), None, 4, 2, 2, 1),
         FieldShape((4, 6, 8), None, 5, 7, 1, 3),
         FieldShape((4, 6, 8), 1, 5, 7, 1, 3),
+        FieldShape((6, 16), None, 2, 16, 1, 2),  # feature so narrow that it stays a layer
     ],
 )
 def test_any_widths_agree_with_the_slow_reference(shape):
