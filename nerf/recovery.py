@@ -24,7 +24,7 @@ from torch.func import functional_call
 from nerf import sampling
 from nerf.backends import Backend, choose, fall_back
 from nerf.cameras import Rays
-from nerf.devices import arithmetic
+from nerf.devices import arithmetic, keep_freed_memory
 from nerf.errors import CheckpointError, TrainingError
 from nerf.field import Field, NerfModel
 from nerf.files import read_tensors, write_tensors
@@ -179,6 +179,8 @@ class Recovery:
         self._invented = InventedRays(scene, seed, self.device) if recipe.invented_rays else None
         self._trained = tuple(student.stored()) if trained is None else trained
         self._on_gpu = self.device.type == "cuda"
+        if not self._on_gpu:
+            keep_freed_memory()
         self._parameters: list[tuple[str, Tensor]] = [
             (f"{network}.{name}", parameter)
             for network in self._trained

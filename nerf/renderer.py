@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nerf.backends import Backend, choose, fall_back
 from nerf.cameras import Camera, Rays, view_rays
-from nerf.devices import Precision, arithmetic
+from nerf.devices import Precision, arithmetic, keep_freed_memory
 from nerf.field import NerfModel
 from nerf.rendering import RenderSettings, memory_chunk, render_colors, render_rays
 
@@ -38,6 +38,8 @@ class Renderer:
         self.model, self.settings, self.precision = model, settings, precision
         shapes = [field.shape for field in model.networks().values()]
         self.backend = choose(backend, model.device, precision, shapes, model.samples)
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self._fused: Painter | None = None
         self._bytes_per_ray = 0
         self._compiled: Painter | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nerf.backends import Resolved
 from nerf.cameras import Rays
-from nerf.devices import arithmetic
+from nerf.devices import arithmetic, keep_freed_memory
 from nerf.field import NerfModel
 from nerf.graphs import StepGraph, captured
 from nerf.muon import Muon, for_muon
@@ -124,6 +124,8 @@ class EagerSteps:
         self.name: Resolved = "compiled" if compiled else "eager"
         self.job = job
         self._on_gpu = job.device.type == "cuda"
+        if not self._on_gpu:
+            keep_freed_memory()
         self._parameters = job.parameters()
         rate = job.recipe.learning_rate
         matrices = job.matrices()

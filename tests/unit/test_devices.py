@@ -1,12 +1,18 @@
 """Devices that are not there, and arithmetic that leaves no trace."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nerf.devices import (
+    ALLOCATOR_VARIABLES,
     PRECISIONS,
     arithmetic,
     describe_device,
@@ -174,3 +180,47 @@ def test_a_worker_keeps_little_of_a_small_part(gpu, share, unused, emptied):
     assert gpu.emptied == emptied
     give_memory_back()
     assert gpu.reserved == gpu.allocated
+
+
+CYCLES = """
+import resource, torch
+from nerf.devices import keep_freed_memory
+
+def faults():
+    def cycle():
+        blocks = [torch.ones(2**20) for _ in range(24)]  # 4 MiB each
+    cycle()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        cycle()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), keep_freed_memory(), faults())
+"""
+
+
+def cycles(**variables: str) -> tuple[int, bool, int]:
+    """Page faults of what allocates the same again and again: before, whether it is kept, after."""
+    done = subprocess.run(
+        [sys.executable, "-c", CYCLES],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, kept, after = done.stdout.split()
+    return int(before), kept == "True", int(after)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+def test_memory_that_is_freed_is_kept_for_what_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before, kept, after = cycles()
+    assert kept
+    assert after < before / 10
+
+
+def test_who_sets_the_allocator_up_is_left_alone() -> None:
+    _, kept, _ = cycles(MALLOC_TRIM_THRESHOLD_="1000000")
+    assert not kept
