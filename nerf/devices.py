@@ -106,11 +106,11 @@ KEPT_BYTES = (2**30, 2**25)  # older versions of glibc map what is above 32 MiB 
 ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-@lru_cache(maxsize=1)
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, up to 1 GiB, for what it allocates next.
+@lru_cache(maxsize=8)
+def keep_freed_memory(device: torch.device) -> bool:
+    """Let a process that works on a CPU keep what it frees, up to 1 GiB, for what comes next.
 
-    Each step on a CPU allocates and frees hundreds of MB in pieces of a few. glibc gives them back
+    Each step there allocates and frees hundreds of MB in pieces of a few. glibc gives them back
     to the system and asks anew, and every page of them is cleared and cold again: a quarter of a
     training step (docs/results/speed.md). Where the environment sets the allocator up, or there is
     another one than glibc's, nothing is done.
@@ -118,7 +118,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it does from now on.
     """
-    if any(name in os.environ for name in ALLOCATOR_VARIABLES) or platform.libc_ver()[0] != "glibc":
+    chosen = any(name in os.environ for name in ALLOCATOR_VARIABLES)
+    if device.type != "cpu" or chosen or platform.libc_ver()[0] != "glibc":
         return False
     set_option = ctypes.CDLL(None).mallopt
     # Either threshold alone would fix the other at what it is at first, which is far too low.

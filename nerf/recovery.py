@@ -179,8 +179,7 @@ class Recovery:
         self._invented = InventedRays(scene, seed, self.device) if recipe.invented_rays else None
         self._trained = tuple(student.stored()) if trained is None else trained
         self._on_gpu = self.device.type == "cuda"
-        if not self._on_gpu:
-            keep_freed_memory()
+        keep_freed_memory(self.device)
         self._parameters: list[tuple[str, Tensor]] = [
             (f"{network}.{name}", parameter)
             for network in self._trained

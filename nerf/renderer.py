@@ -38,8 +38,7 @@ class Renderer:
         self.model, self.settings, self.precision = model, settings, precision
         shapes = [field.shape for field in model.networks().values()]
         self.backend = choose(backend, model.device, precision, shapes, model.samples)
-        if model.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(model.device)
         self._fused: Painter | None = None
         self._bytes_per_ray = 0
         self._compiled: Painter | None = None

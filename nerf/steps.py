@@ -124,8 +124,7 @@ class EagerSteps:
         self.name: Resolved = "compiled" if compiled else "eager"
         self.job = job
         self._on_gpu = job.device.type == "cuda"
-        if not self._on_gpu:
-            keep_freed_memory()
+        keep_freed_memory(job.device)
         self._parameters = job.parameters()
         rate = job.recipe.learning_rate
         matrices = job.matrices()

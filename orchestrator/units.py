@@ -33,9 +33,10 @@ def show_bytes(n_bytes: int) -> str:
     return f"{n_bytes / 1000:,.0f} kB" if n_bytes >= 10_000 else f"{n_bytes:,} bytes"
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things, e.g. ``1 trial``, ``1,200 trials``; ``what`` is one of them."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def counted(number: float, what: str) -> str:
+    """A number of things, e.g. ``1 trial``, ``1,200 trials``, ``0.5 GPUs``; `what` is one."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}{'' if number == 1 else 's'}"
 
 
 def typed(path: Path | str) -> str:

@@ -73,6 +73,12 @@ def s3_server(port: int | None = None) -> Iterator[str]:
         process.wait()
 
 
+def speak_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let S3 be the server at this address, from now on in this test."""
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+
+
 def make_bucket(endpoint: str, name: str) -> None:
     import boto3
 

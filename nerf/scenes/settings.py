@@ -7,6 +7,7 @@ from pathlib import Path
 from nerf.errors import SceneError
 
 AUTO = "auto"
+WANTED = "the folder of an LLFF, COLMAP or Blender scene (`prunefield fetch fern` downloads one)"
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,9 @@ class SceneSettings:
         """
         if self.path is None:
             raise SceneError(
-                f"no scene folder was given for format {self.format!r}; set scene.path to the "
-                "folder of an LLFF, COLMAP or Blender scene (`prunefield fetch fern` downloads one)"
+                f"no scene folder was given for format {self.format!r}; set scene.path to {WANTED}"
             )
         if not self.path.is_dir():
             what = "is a file" if self.path.exists() else "does not exist"
-            raise SceneError(
-                f"scene folder {self.path} {what}; give the folder of an LLFF, COLMAP or Blender "
-                "scene (`prunefield fetch fern` downloads one)"
-            )
+            raise SceneError(f"scene folder {self.path} {what}; give {WANTED}")
         return self.path

@@ -53,8 +53,8 @@ def plan(options: argparse.Namespace) -> int:
         print(f"  ({combinations:,} combinations; those that make no difference run once)")
     for stage in ("train", "prune"):
         wanted = summary["resources"][stage]
-        gpus = AUTO[stage] if wanted["gpus"] is None else _of(wanted["gpus"], "GPU")
-        print(f"  each {stage.removesuffix('e')}ing: {_of(wanted['cpus'], 'CPU')}, {gpus}")
+        gpus = AUTO[stage] if wanted["gpus"] is None else counted(wanted["gpus"], "GPU")
+        print(f"  each {stage.removesuffix('e')}ing: {counted(wanted['cpus'], 'CPU')}, {gpus}")
     return 0
 
 
@@ -77,10 +77,6 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         print(f"{counted(failed, 'failure')}, listed in the report")
     return 1 if failed else 0
-
-
-def _of(number: float, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def report(options: argparse.Namespace) -> int:

@@ -41,22 +41,24 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
+def _number(text: str) -> float:
+    """The number, or NaN, which lies between no two others."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def finite(text: str) -> float:
     """A number that is one."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
 
 
 def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
@@ -69,10 +71,7 @@ def coarse_weight(text: str) -> float | str:
 
 def ratio(text: str) -> float:
     """A fraction to remove, in [0, 1)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0.0 <= value < 1.0:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a fraction to remove: a number from 0 up to, but not, 1"

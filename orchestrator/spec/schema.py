@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, LiteralString
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
@@ -60,19 +60,15 @@ def _names(names: Iterable[str]) -> WithJsonSchema:
     return WithJsonSchema({"enum": list(names)})
 
 
-def _number(value: Any) -> float:
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    if not ok or not 0.0 <= value < 1.0:
-        raise PydanticCustomError(
-            "ratio", "a ratio is the fraction removed: a number from 0 up to, but not, 1"
-        )
-    return float(value) + 0.0  # −0 and 0 are one ratio and must have one key
+def _ratio(what: LiteralString) -> PlainValidator:
+    """A number from 0 up to 1; `what` one is, for the message."""
 
+    def checked(value: Any) -> float:
+        if not _is_ratio(value):
+            raise PydanticCustomError("ratio", what + ": a number from 0 up to, but not, 1")
+        return float(value) + 0.0  # −0 and 0 are one ratio and must have one key
 
-def _fraction(value: Any) -> float:
-    if not _is_ratio(value):
-        raise PydanticCustomError("fraction", "a fraction: a number from 0 up to, but not, 1")
-    return float(value) + 0.0
+    return PlainValidator(checked)
 
 
 def _not_bool(value: Any) -> Any:
@@ -249,8 +245,8 @@ _SCHEDULE = {
 }
 
 Listed = BeforeValidator(_listed)
-Ratio = Annotated[float, PlainValidator(_number), WithJsonSchema(_RATIO)]
-Fraction = Annotated[float, PlainValidator(_fraction), WithJsonSchema(_RATIO)]
+Ratio = Annotated[float, _ratio("a ratio is the fraction removed"), WithJsonSchema(_RATIO)]
+Fraction = Annotated[float, _ratio("a fraction"), WithJsonSchema(_RATIO)]
 Views = Annotated[int | None, PlainValidator(_views), WithJsonSchema(_VIEWS)]
 Gpus = Annotated[float | None, PlainValidator(_gpus), WithJsonSchema(_GPUS)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)]

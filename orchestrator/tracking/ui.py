@@ -149,19 +149,18 @@ def links(address: str, uri: str, experiment: str, sweep_hash: str) -> Links:
         if SHARED_VIEW + view_key(sweep_hash, which) in found.tags
     }
     base = f"{address}/#/experiments/{found.experiment_id}/runs"
-    pages = {
-        (
-            which,
-            mode,
-        ): f"{base}?{_query({**MODE, 'compareRunsMode': mode, 'viewStateShareKey': key})}"
-        for which, key in shared.items()
-        for mode in ("CHART", "TABLE")
-    }
+
+    def page(which: str, mode: str) -> str | None:
+        if which not in shared:
+            return None
+        asked = {**MODE, "compareRunsMode": mode, "viewStateShareKey": shared[which]}
+        return f"{base}?{_query(asked)}"
+
     return replace(
         made,
-        charts=pages.get(("all", "CHART"), made.charts),
-        table=pages.get(("all", "TABLE"), made.table),
-        front=pages.get(("front", "CHART")),
+        charts=page("all", "CHART") or made.charts,
+        table=page("all", "TABLE") or made.table,
+        front=page("front", "CHART"),
     )
 
 

@@ -20,7 +20,7 @@ from orchestrator.results import Failure, Record
 from orchestrator.store import Held, Lease, Store, leases, objects
 from orchestrator.store.leases import Owner
 from orchestrator.sweep import open_sweep
-from tests.services import KEYS, make_bucket, s3_server
+from tests.services import make_bucket, s3_server, speak_to
 from tests.unit.record_builder import training_record, trial_record
 from tests.unit.sweep_builder import mapping, text
 
@@ -43,9 +43,7 @@ def elsewhere(
     if request.param == "disk":
         return lambda: Store(tmp_path / "store")
     endpoint = request.getfixturevalue("endpoint")
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    speak_to(endpoint, monkeypatch)
     bucket = f"bucket-{os.urandom(6).hex()}"
     make_bucket(endpoint, bucket)
     machines = iter(range(100))
@@ -397,9 +395,7 @@ def test_a_bucket_that_never_says_anything_is_an_error_soon(
 ) -> None:
     """It takes connections and is silent; whoever works already is more patient with it."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for name, value in KEYS.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        speak_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
         assert objects.GREETING_SECONDS * objects.GREETINGS < objects.READ_SECONDS
         monkeypatch.setattr(objects, "GREETING_SECONDS", 1)
@@ -413,9 +409,7 @@ def test_a_bucket_that_answers_no_is_reached(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong with it is said by the first question that it does not answer."""
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    speak_to(endpoint, monkeypatch)
     monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
     store = Store("s3://no-such-bucket-here/sweeps")
     store.reach()
@@ -429,9 +423,7 @@ def test_greeting_a_bucket_and_working_with_it_share_a_session(
     """A session reads what S3 is, and asks for credentials: where there is a role, over the net."""
     import boto3
 
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    speak_to(endpoint, monkeypatch)
     monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path))
     make_bucket(endpoint, "one-session")
     sessions: list[Any] = []

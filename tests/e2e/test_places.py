@@ -10,7 +10,7 @@ import pytest
 from orchestrator.cli import main
 from orchestrator.store import Store
 from tests.e2e import marks
-from tests.services import KEYS, make_bucket, postgres, s3_server
+from tests.services import KEYS, make_bucket, postgres, s3_server, speak_to
 
 pytestmark = marks.SWEEP
 
@@ -25,8 +25,7 @@ def test_a_sweep_whose_results_are_in_a_bucket(
 ) -> None:
     with s3_server() as endpoint:
         make_bucket(endpoint, "sweeps")
-        for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
-            monkeypatch.setenv(name, value)
+        speak_to(endpoint, monkeypatch)
         monkeypatch.setenv("PRUNEFIELD_CACHE", str(tmp_path / "first"))
         path = write_sweep(storage="s3://sweeps/tiny")
         assert main(["run", str(path)]) == 0

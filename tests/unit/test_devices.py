@@ -195,7 +195,7 @@ def faults():
         cycle()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults(), keep_freed_memory(), faults())
+print(faults(), keep_freed_memory(torch.device("cpu")), faults())
 """
 
 
